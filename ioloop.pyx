@@ -1,0 +1,3918 @@
+# cython: language_level=3
+# cython: annotation_typing=False
+# cython: auto_pickle=False
+"""A level-triggered event loop for sockets, timers and threads.
+
+This is the IOLoop of Tornado 1.2-2.0, compiled, for today's CPython::
+
+    loop = ioloop.IOLoop.instance()
+    server = socket.create_server(("127.0.0.1", 8888))
+    server.setblocking(False)
+    loop.add_handler(server, lambda sock, events: serve(sock.accept()), loop.READ)
+    loop.call_later(60, loop.stop)
+    loop.start()
+
+One iteration of the loop has five steps:
+
+1. Run the callbacks that were queued when the iteration began, in order.
+2. Sample the clock once and run every timeout that is due.
+3. Leave if `stop()` was asked for.
+4. Poll: not waiting if callbacks are queued, else until the nearest timeout,
+   else for ever.
+5. Run the handlers of the file descriptors that are ready.
+
+Whatever a step adds to the queue, the timeouts or the handlers waits for the
+next iteration, so none of the three can starve the others.
+
+Threads: a loop belongs to the thread that runs it.  `add_callback`,
+`add_callback_from_signal`, `spawn_callback`, `add_future`, `stop`, `time`,
+`running` and `stats` may be called from any thread; every other method raises
+RuntimeError when another thread runs the loop.
+
+Signals: Python's signal handlers run between the steps, in the main thread,
+at once, also when the loop sleeps.  They may call `add_callback` and `stop`.
+"""
+
+# The C modules behind `functools`, `signal`, `threading` and `weakref`: those take
+# longer to import than this one, and bring no more.
+import os
+import sys
+from _functools import partial
+from _thread import _local, allocate_lock, get_ident
+from _weakref import ref
+import _signal
+
+cimport cython
+from cpython.exc cimport PyErr_CheckSignals, PyErr_SetFromErrno
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_INCREF, Py_DECREF
+from libc.errno cimport (
+    EAGAIN, EBADF, EEXIST, EINTR, EINVAL, ENOENT, ENOMEM, ENOSYS, EPERM, EPIPE, errno)
+from libc.limits cimport INT_MAX
+from libc.math cimport ceil, floor, isnan
+from libc.stdint cimport (
+    INT64_MAX, INT64_MIN, UINT64_MAX, int64_t, uint32_t, uint64_t, uintptr_t)
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memset
+from posix.fcntl cimport (
+    F_DUPFD_CLOEXEC, F_GETFD, F_SETFD, FD_CLOEXEC, O_CLOEXEC, fcntl)
+from posix.select cimport (
+    FD_CLR, FD_ISSET, FD_SET, FD_SETSIZE, FD_ZERO, fd_set, pselect)
+from posix.signal cimport (
+    SA_ONSTACK, SA_RESTART, SA_SIGINFO, SIG_SETMASK, sigaction, sigaction_t,
+    sigemptyset, sigfillset, siginfo_t)
+from posix.types cimport sigset_t
+from posix.stat cimport S_ISDIR, S_ISREG, fstat, struct_stat
+from posix.time cimport (
+    CLOCK_MONOTONIC, CLOCK_REALTIME, ITIMER_REAL, clock_gettime, itimerval,
+    setitimer, timespec)
+from posix.unistd cimport close, read, write
+
+__version__ = "0.1.0"
+__all__ = ["IOLoop", "PeriodicCallback", "TimeoutError"]
+
+TimeoutError = TimeoutError  # as in Tornado: what run_sync() raises
+
+
+# -- The platform --------------------------------------------------------------
+#
+# Everything that differs between kernels, C libraries and CPython's APIs.  The
+# IOLOOP_HAVE_* are always 0 or 1 and what is missing has an inert stand-in, so
+# the code below is plain `if`s that the C compiler resolves.
+
+cdef extern from *:
+    r"""
+    #include <errno.h>
+    #include <fcntl.h>
+    #include <pthread.h>
+    #include <signal.h>
+    #include <stdint.h>
+    #include <stdlib.h>
+    #include <string.h>
+    #include <sys/time.h>
+    #include <time.h>
+    #include <unistd.h>
+
+    #ifndef IOLOOP_DEBUG
+    #  define IOLOOP_DEBUG 0
+    #endif
+
+    /* epoll */
+    #if defined(__linux__)
+    #  include <sys/epoll.h>
+    #  define IOLOOP_HAVE_EPOLL 1
+    #  define ioloop_dup3 dup3
+    #  if !defined(__GLIBC__) || !__GLIBC_PREREQ(2, 35)
+    #    include <sys/syscall.h>
+    #    ifndef SYS_epoll_pwait2
+    #      define SYS_epoll_pwait2 441
+    #    endif
+    static int ioloop_epoll_pwait2(int ep, struct epoll_event *events, int n,
+                                   const struct timespec *timeout,
+                                   const sigset_t *mask) {
+        return (int)syscall(SYS_epoll_pwait2, ep, events, n, timeout, mask, 8);
+    }
+    #  else
+    #    define ioloop_epoll_pwait2 epoll_pwait2
+    #  endif
+    #else
+    #  define IOLOOP_HAVE_EPOLL 0
+    typedef union { void *ptr; int fd; uint32_t u32; uint64_t u64; } epoll_data_t;
+    struct epoll_event { uint32_t events; epoll_data_t data; };
+    enum { EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_MOD, EPOLL_CTL_DEL };
+    #  define ioloop_dup3(from, to, flags) ((void)(from), (void)(to), (void)(flags), -1)
+    #  define epoll_create1(flags) ((void)(flags), errno = ENOSYS, -1)
+    #  define epoll_ctl(ep, op, fd, ev) \
+        ((void)(ep), (void)(op), (void)(fd), (void)(ev), errno = ENOSYS, -1)
+    #  define epoll_wait(ep, ev, n, ms) \
+        ((void)(ep), (void)(ev), (void)(n), (void)(ms), errno = ENOSYS, -1)
+    #  define epoll_pwait(ep, ev, n, ms, mask) \
+        ((void)(mask), epoll_wait(ep, ev, n, ms))
+    #  define ioloop_epoll_pwait2(ep, ev, n, ts, mask) \
+        ((void)(ep), (void)(ev), (void)(n), (void)(ts), errno = ENOSYS, -1)
+    #endif
+
+    /* kqueue; the tests bring a fake one */
+    #if defined(IOLOOP_FAKE_KQUEUE)
+    #  include "fake_kqueue.h"
+    #  define IOLOOP_HAVE_KQUEUE 1
+    #elif defined(__APPLE__) || defined(__FreeBSD__) || defined(__NetBSD__) \
+        || defined(__OpenBSD__) || defined(__DragonFly__)
+    #  include <sys/types.h>
+    #  include <sys/event.h>
+    #  define IOLOOP_HAVE_KQUEUE 1
+    #else
+    #  define IOLOOP_HAVE_KQUEUE 0
+    struct kevent { uintptr_t ident; short filter; unsigned short flags;
+                    unsigned fflags; intptr_t data; void *udata; };
+    enum { EVFILT_READ = -1, EVFILT_WRITE = -2, EV_ADD = 1, EV_DELETE = 2,
+           EV_ENABLE = 4, EV_RECEIPT = 64, EV_ERROR = 0x4000, EV_EOF = 0x8000 };
+    #  define kqueue() (errno = ENOSYS, -1)
+    #  define kevent(kq, c, nc, e, ne, ts) \
+        ((void)(kq), (void)(c), (void)(nc), (void)(e), (void)(ne), (void)(ts), \
+         errno = ENOSYS, -1)
+    #endif
+
+    /* pipe2 */
+    #if defined(__APPLE__)
+    static int ioloop_pipe(int fds[2]) {
+        if (pipe(fds) < 0)
+            return -1;
+        for (int i = 0; i < 2; i++) {
+            fcntl(fds[i], F_SETFD, FD_CLOEXEC);
+            fcntl(fds[i], F_SETFL, O_NONBLOCK);
+        }
+        return 0;
+    }
+    #else
+    #  define ioloop_pipe(fds) pipe2(fds, O_CLOEXEC | O_NONBLOCK)
+    #endif
+
+    /* A clock that is cheap to read and ticks every few milliseconds. */
+    #if defined(CLOCK_MONOTONIC_COARSE)
+    #  define IOLOOP_CLOCK_COARSE CLOCK_MONOTONIC_COARSE
+    #elif defined(CLOCK_MONOTONIC_FAST)
+    #  define IOLOOP_CLOCK_COARSE CLOCK_MONOTONIC_FAST
+    #else
+    #  define IOLOOP_CLOCK_COARSE CLOCK_MONOTONIC
+    #endif
+
+    /* A POSIX timer that signals the calling thread: its signal carries a
+       pointer, is gone for good once the timer is deleted, and survives neither
+       fork nor exec. */
+    #if defined(__linux__)
+    #  define IOLOOP_HAVE_ALARM 1
+    #  include <sys/syscall.h>
+    #  ifndef sigev_notify_thread_id
+    #    define sigev_notify_thread_id _sigev_un._tid
+    #  endif
+    static int ioloop_alarm_open(timer_t *timer, void *cookie) {
+        struct sigevent event;
+        memset(&event, 0, sizeof(event));
+        event.sigev_notify = SIGEV_THREAD_ID;
+        event.sigev_signo = SIGALRM;
+        event.sigev_value.sival_ptr = cookie;
+        event.sigev_notify_thread_id = (int)syscall(SYS_gettid);
+        return timer_create(CLOCK_MONOTONIC, &event, timer);
+    }
+    static int ioloop_alarm_set(timer_t timer, int64_t ns) {
+        struct itimerspec spec;
+        memset(&spec, 0, sizeof(spec));
+        spec.it_value.tv_sec = (time_t)(ns / 1000000000);
+        spec.it_value.tv_nsec = (long)(ns % 1000000000);
+        return timer_settime(timer, 0, &spec, NULL);
+    }
+    #else
+    #  define IOLOOP_HAVE_ALARM 0
+    #  define timer_t int
+    #  define SI_TIMER (-2)
+    #  define ioloop_alarm_open(timer, cookie) \
+        ((void)(timer), (void)(cookie), errno = ENOSYS, -1)
+    #  define ioloop_alarm_set(timer, ns) ((void)(timer), (void)(ns), -1)
+    #  define timer_delete(timer) (-1)
+    #endif
+
+    /* Memory shared with threads that do not hold the GIL.  Who stores one thing
+       and then loads another, where a second thread does the reverse, puts a
+       fence between.  The `gil_` ones are for what the GIL orders where there
+       is one. */
+    #define ioloop_load(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
+    #define ioloop_store(p, value) __atomic_store_n(p, value, __ATOMIC_RELEASE)
+    #define ioloop_swap(p, value) __atomic_exchange_n(p, value, __ATOMIC_SEQ_CST)
+    #define ioloop_fence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
+    #ifdef Py_GIL_DISABLED
+    #  define ioloop_gil_fence() ioloop_fence()
+    #  define ioloop_gil_lock(lock) pthread_mutex_lock(lock)
+    #  define ioloop_gil_unlock(lock) pthread_mutex_unlock(lock)
+    #else
+    #  define ioloop_gil_fence() __atomic_signal_fence(__ATOMIC_SEQ_CST)
+    #  define ioloop_gil_lock(lock) ((void)(lock))
+    #  define ioloop_gil_unlock(lock) ((void)(lock))
+    #endif
+
+    /* A list used as an array of references that the garbage collector sees.
+       `peek` borrows, `place` moves a reference in over one that moved away,
+       `put` replaces a None, `take` leaves a None. */
+    #ifdef Py_LIMITED_API
+    #  define ioloop_peek(list, i) PyList_GetItem(list, i)
+    static inline void ioloop_place(PyObject *list, Py_ssize_t i, PyObject *item) {
+        Py_XINCREF(PyList_GetItem(list, i));
+        PyList_SetItem(list, i, item);
+    }
+    #else
+    #  define ioloop_peek(list, i) PyList_GET_ITEM(list, i)
+    #  define ioloop_place(list, i, item) PyList_SET_ITEM(list, i, item)
+    #endif
+    static inline void ioloop_put(PyObject *list, Py_ssize_t i, PyObject *item) {
+        Py_INCREF(item);
+        ioloop_place(list, i, item);
+        Py_DECREF(Py_None);
+    }
+    static inline PyObject *ioloop_take(PyObject *list, Py_ssize_t i) {
+        PyObject *item = ioloop_peek(list, i);
+        Py_INCREF(Py_None);
+        ioloop_place(list, i, Py_None);
+        return item;
+    }
+
+    /* Contexts: None stands for an empty one, which costs nothing to capture.
+       `blank` is the loop's own empty context, good for the next call as long
+       as the last one left it empty and kept no reference to it. */
+    #ifdef Py_LIMITED_API
+    PyAPI_FUNC(PyObject *) PyContext_New(void);
+    PyAPI_FUNC(PyObject *) PyContext_CopyCurrent(void);
+    PyAPI_FUNC(int) PyContext_Enter(PyObject *);
+    PyAPI_FUNC(int) PyContext_Exit(PyObject *);
+    #  define ioloop_context_size(context) PyObject_Size(context)
+    static PyObject *ioloop_capture(void) {
+        PyObject *context = PyContext_CopyCurrent();
+        if (context && ioloop_context_size(context) == 0) {
+            Py_INCREF(Py_None);
+            Py_DECREF(context);
+            return Py_None;
+        }
+        return context;
+    }
+    #else
+    #  define ioloop_context_size(context) \
+        Py_TYPE(context)->tp_as_mapping->mp_length(context)
+    static inline PyObject *ioloop_capture(void) {
+        PyObject *context = PyThreadState_Get()->context;
+        if (context == NULL || ioloop_context_size(context) == 0) {
+            Py_INCREF(Py_None);
+            return Py_None;
+        }
+        return PyContext_Copy(context);
+    }
+    #endif
+    #define ioloop_is_blank(context) \
+        (Py_REFCNT(context) == 1 && ioloop_context_size(context) == 0)
+
+    /* Calls.  `args` is a tuple, `kwargs` a dict or None. */
+    static inline PyObject *ioloop_call_with(PyObject *function, PyObject *args,
+                                             PyObject *kwargs) {
+        return PyObject_Call(function, args, kwargs == Py_None ? NULL : kwargs);
+    }
+    #ifdef Py_LIMITED_API
+    #  define ioloop_call0(function) PyObject_CallObject(function, NULL)
+    static inline PyObject *ioloop_call2(PyObject *function, PyObject *a, PyObject *b) {
+        return PyObject_CallFunctionObjArgs(function, a, b, NULL);
+    }
+    #else
+    #  define ioloop_call0(function) PyObject_CallNoArgs(function)
+    static inline PyObject *ioloop_call2(PyObject *function, PyObject *a, PyObject *b) {
+        PyObject *args[3] = {NULL, a, b};
+        return PyObject_Vectorcall(function, args + 1,
+                                   2 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+    }
+    #endif
+
+    /* A method with the calling convention that CPython specialises for: Cython's
+       own makes a dict for **kwargs at every call, a third of add_callback's time.
+       The limited API can't replace methods, and keeps Cython's. */
+    static PyObject *ioloop_tuple(PyObject *const *items, Py_ssize_t n) {
+        PyObject *tuple;
+        if (n <= 0) {
+            Py_INCREF(Py_None);
+            return Py_None;
+        }
+        tuple = PyTuple_New(n);
+        for (Py_ssize_t i = 0; tuple && i < n; i++) {
+            Py_INCREF(items[i]);
+            PyTuple_SetItem(tuple, i, items[i]);
+        }
+        return tuple;
+    }
+    #ifdef Py_LIMITED_API
+    #  define ioloop_replace(type, name, doc, function) \
+        ((void)(type), (void)(name), (void)(doc), (void)(function), 0)
+    #else
+    static int ioloop_replace(PyObject *type, const char *name, const char *doc,
+                              void *function) {
+        /* As long as the type: until the process ends. */
+        PyMethodDef *def = (PyMethodDef *)calloc(1, sizeof(PyMethodDef));
+        PyObject *method = NULL;
+        int rc = -1;
+        if (def && (def->ml_doc = strdup(doc)) && (def->ml_name = strdup(name))) {
+            def->ml_meth = (PyCFunction)(void (*)(void))function;
+            def->ml_flags = METH_FASTCALL | METH_KEYWORDS;
+            method = PyDescr_NewMethod((PyTypeObject *)type, def);
+        }
+        else
+            PyErr_NoMemory();
+        if (method)
+            rc = PyDict_SetItemString(((PyTypeObject *)type)->tp_dict, name, method);
+        Py_XDECREF(method);
+        PyType_Modified((PyTypeObject *)type);
+        return rc;
+    }
+    #endif
+
+    /* For a function that found an exception already set. */
+    #define ioloop_raise() (-1)
+    """
+    const bint HAVE_EPOLL "IOLOOP_HAVE_EPOLL"
+    const bint HAVE_KQUEUE "IOLOOP_HAVE_KQUEUE"
+    const bint HAVE_ALARM "IOLOOP_HAVE_ALARM"
+    const bint DEBUG "IOLOOP_DEBUG"
+
+    union epoll_data_t:
+        uint64_t u64
+    struct epoll_event:
+        uint32_t events
+        epoll_data_t data
+    enum: EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_MOD, EPOLL_CTL_DEL
+    int epoll_create1(int flags) nogil
+    int dup3 "ioloop_dup3"(int from_, int to, int flags) nogil
+    int epoll_ctl(int ep, int op, int fd, epoll_event *event) nogil
+    int epoll_wait(int ep, epoll_event *events, int n, int ms) nogil
+    int epoll_pwait(int ep, epoll_event *events, int n, int ms,
+                    const sigset_t *mask) nogil
+    int epoll_pwait2 "ioloop_epoll_pwait2"(
+        int ep, epoll_event *events, int n, const timespec *timeout,
+        const sigset_t *mask) nogil
+
+    struct kevent_t "kevent":
+        uintptr_t ident
+        short filter
+        unsigned short flags
+        void *udata
+    enum: EVFILT_READ, EVFILT_WRITE, EV_ADD, EV_DELETE, EV_ENABLE, EV_EOF, EV_ERROR
+    int kqueue() nogil
+    int kevent(int kq, const kevent_t *changes, int n, kevent_t *events, int m,
+               const timespec *timeout) nogil
+
+    int open_pipe "ioloop_pipe"(int *fds) nogil
+    enum: CLOCK_COARSE "IOLOOP_CLOCK_COARSE"
+
+    ctypedef void *alarm_t "timer_t"
+    enum: SI_TIMER, SIGALRM
+    int open_alarm "ioloop_alarm_open"(alarm_t *alarm, void *cookie) nogil
+    int set_alarm "ioloop_alarm_set"(alarm_t alarm, int64_t ns) nogil
+    int close_alarm "timer_delete"(alarm_t alarm) nogil
+
+    int load "ioloop_load"(int *p) nogil
+    uint64_t load64 "ioloop_load"(uint64_t *p) nogil
+    void store "ioloop_store"(int *p, int value) nogil
+    void store64 "ioloop_store"(uint64_t *p, uint64_t value) nogil
+    int swap "ioloop_swap"(int *p, int value) nogil
+    void fence "ioloop_fence"() nogil
+    void gil_fence "ioloop_gil_fence"() nogil
+
+    PyObject *peek "ioloop_peek"(list slots, Py_ssize_t i)
+    void place "ioloop_place"(list slots, Py_ssize_t i, PyObject *item)
+    void put "ioloop_put"(list slots, Py_ssize_t i, object item)
+    object take "ioloop_take"(list slots, Py_ssize_t i)
+
+    object new_context "PyContext_New"()
+    int enter_context "PyContext_Enter"(PyObject *context) except -1
+    int exit_context "PyContext_Exit"(PyObject *context) except -1
+    object capture_context "ioloop_capture"()
+    bint is_blank "ioloop_is_blank"(PyObject *context)
+
+    PyObject *call0 "ioloop_call0"(PyObject *function)
+    PyObject *call_with "ioloop_call_with"(PyObject *function, PyObject *args,
+                                           PyObject *kwargs)
+    PyObject *call2 "ioloop_call2"(PyObject *function, PyObject *a, PyObject *b)
+    int raise_pending "ioloop_raise"() except -1
+
+    object as_tuple "ioloop_tuple"(PyObject **items, Py_ssize_t n)
+    int replace_method "ioloop_replace"(object type, const char *name, const char *doc,
+                                        void *function) except -1
+
+cdef extern from "Python.h" nogil:
+    unsigned long get_thread "PyThread_get_thread_ident"()
+    int PyErr_SetInterruptEx(int signum)
+
+cdef extern from "<signal.h>" nogil:
+    ctypedef void (*sighandler_t)(int)
+    int pthread_sigmask(int how, const sigset_t *new, sigset_t *old)
+    sighandler_t SIG_DFL
+    sighandler_t default_signal "signal"(int signum, sighandler_t handler)
+    int raise_signal "raise"(int signum)
+
+cdef extern from "Python.h":
+    void PyErr_WriteUnraisable(object context)
+    void PyErr_SetObject(object type, object value)
+    int PyErr_ResourceWarning(object source, Py_ssize_t level, const char *format,
+                              ...) except -1
+    void Py_XDECREF(PyObject *)
+
+cdef extern from "<errno.h>" nogil:
+    enum: ESHUTDOWN
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_mutex_t:
+        pass
+    int pthread_mutex_init(pthread_mutex_t *, void *)
+    int pthread_mutex_destroy(pthread_mutex_t *)
+    int pthread_mutex_lock(pthread_mutex_t *)
+    int pthread_mutex_unlock(pthread_mutex_t *)
+    void gil_lock "ioloop_gil_lock"(pthread_mutex_t *)
+    void gil_unlock "ioloop_gil_unlock"(pthread_mutex_t *)
+
+
+# -- Small helpers -------------------------------------------------------------
+
+cdef enum:
+    # epoll's numbers; the other pollers translate to and from them.
+    READ = IOLOOP_READ
+    PRI = 0x002
+    WRITE = IOLOOP_WRITE
+    ERROR = IOLOOP_ERROR
+    ONESHOT = 1 << 30
+    EDGE = 1 << 31
+
+cdef enum:
+    SECOND = 1000000000
+    FOREVER = -1
+
+
+cdef inline int check(int rc) except -1:
+    """The one idiom for a system call: -1 becomes the OSError of errno."""
+    if rc == -1:
+        PyErr_SetFromErrno(OSError)
+    return rc
+
+
+cdef inline int64_t monotonic() noexcept nogil:
+    return _read_clock(CLOCK_MONOTONIC)
+
+
+cdef inline int64_t _read_clock(int clock) noexcept nogil:
+    cdef timespec t
+    clock_gettime(clock, &t)
+    return <int64_t>t.tv_sec * SECOND + t.tv_nsec
+
+
+cdef inline int64_t nanoseconds(double seconds, bint up) except? -1:
+    """Exact to the nanosecond, also for UNIX times, and saturating."""
+    cdef double whole = floor(seconds)
+    cdef double rest = (seconds - whole) * 1e9
+    if isnan(seconds):
+        raise ValueError("a time can't be NaN")
+    if whole >= 9.2e9:
+        return INT64_MAX
+    if whole <= -9.2e9:
+        return INT64_MIN
+    return <int64_t>whole * SECOND + <int64_t>(ceil(rest) if up else floor(rest))
+
+
+cdef inline int64_t later(int64_t base, int64_t delay) noexcept nogil:
+    """Their sum, or the end of time."""
+    if delay > 0 and base > INT64_MAX - delay:
+        return INT64_MAX
+    if delay < 0 and base < INT64_MIN - delay:
+        return INT64_MIN
+    return base + delay
+
+
+cdef inline int require_callable(object callback) except -1:
+    if not callable(callback):
+        raise TypeError(f"a callable is required, not {type(callback).__name__}")
+    return 0
+
+
+cdef int fd_number(object fd) except -1:
+    """The int in `fd`, which is an int or has fileno()."""
+    number = fd
+    if not isinstance(fd, int):
+        try:
+            fileno = fd.fileno
+        except AttributeError:
+            raise TypeError("fd must be an int or have a fileno() method, "
+                            f"not {type(fd).__name__}") from None
+        number = fileno()
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise TypeError(f"a file descriptor is an int, not {type(number).__name__}")
+    if number < 0:
+        raise ValueError(f"a file descriptor can't be negative: {number}")
+    if number > INT_MAX:
+        raise OverflowError(f"file descriptor too large: {number}")
+    return number
+
+
+cdef uint32_t event_mask(object events) except? 0xFFFFFFFF:
+    if not isinstance(events, int):
+        raise TypeError(f"events is an int, not {type(events).__name__}")
+    if events < 0:
+        raise ValueError(f"events can't be negative: {events}")
+    if events > 0xFFFFFFFF:
+        raise OverflowError(f"events has more than 32 bits: {events:#x}")
+    return events
+
+
+cdef int above_stdio(int fd) except -1:
+    """`fd`, moved out of 0-2, where a program may find it as its stdout."""
+    cdef int moved
+    if fd > 2:
+        return fd
+    moved = fcntl(fd, F_DUPFD_CLOEXEC, 3)
+    close(fd)
+    return check(moved)
+
+
+def _log():
+    # logging takes longer to import than all the rest.
+    import logging
+    return logging.getLogger("ioloop")
+
+
+# -- IOLoop --------------------------------------------------------------------
+
+# What is one per process (the instance) or one per thread (the current loop).
+_process = {}  # "loop": the instance; a dict's setdefault() is atomic
+_threads = _local()
+_loops = {}  # weak references to all there are, by id
+
+
+def _remember(loop):
+    _loops[id(loop)] = ref(loop, partial(_loops.pop, id(loop)))
+
+
+def _after_fork_in_child():
+    for reference in list(_loops.values()):
+        loop = reference()
+        if loop is not None:
+            _orphan(loop)
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+@cython.internal
+cdef class _Referable:
+    # Cython 3.3 can't give a type of the limited API both this and a __dict__.
+    cdef object __weakref__
+
+
+cdef class IOLoop(_Referable):
+    """IOLoop(impl=None, *, time_func=None)
+
+    A level-triggered event loop.
+
+    `impl` is the poller: `_EPoll()`, `_KQueue()` or `_Select()`, by default the
+    best that the platform has, or any object with `register(fd, events)`,
+    `modify(fd, events)`, `unregister(fd)` and `poll(seconds)`, which answers
+    pairs of fd and events; -1 seconds is for ever.  The loop closes it.
+    `time_func` answers the time in seconds; the loop's deadlines are on its
+    clock.  By default they are UNIX times, kept by the monotonic clock from the
+    moment they are set, so that setting the system's clock moves none of them.
+
+    A loop is a context manager that closes itself.  Source: Tornado 1.2-2.0.
+    """
+
+    cdef dict __dict__
+    cdef readonly object _impl
+    cdef _Poller poller
+    cdef _Table table
+    cdef _Queue queue
+    cdef _Timers timers
+    cdef _Watchdog watchdog
+    cdef object blank           # an empty context, for whatever captured none
+    cdef object outer           # the current loop that start() put aside
+    cdef unsigned long thread   # the one that runs the loop, or 0
+    cdef bint opened, forked, stopping, shared, embedded, in_main_thread
+    cdef int wakeup             # the signal wakeup fd that start() put aside
+    cdef int skipped            # polls left out since the last one
+    cdef int held               # polls that kept the GIL since one that did not
+    cdef bint eager             # the last poll found events at once
+    cdef int64_t tick           # the coarse time of the last poll
+    cdef int64_t renewed        # when the poller was last rebuilt
+    cdef uint64_t iterations, polls, events
+    cdef int64_t asleep, woken, longest_busy
+
+    NONE = IOLOOP_NONE
+    READ = _EPOLLIN = IOLOOP_READ
+    WRITE = _EPOLLOUT = IOLOOP_WRITE
+    ERROR = IOLOOP_ERROR
+    _EPOLLPRI = 0x002
+    _EPOLLERR = 0x008
+    _EPOLLHUP = 0x010
+    _EPOLLRDHUP = 0x2000
+    _EPOLLONESHOT = 1 << 30
+    _EPOLLET = 1 << 31
+
+    def __init__(self, impl=None, *, time_func=None):
+        if self.opened:
+            raise RuntimeError("IOLoop is already initialised")
+        if time_func is not None:
+            require_callable(time_func)
+        queue = _Queue()
+        impl = _poll() if impl is None else impl
+        poller = impl if type(impl) in (_EPoll, _KQueue, _Select) else _Foreign(impl)
+        self.table = _Table()
+        self.timers = _Timers(time_func)
+        self.watchdog = _Watchdog()
+        self.blank = new_context()
+        self.poller = poller
+        if self.poller.foreign:
+            (<_Foreign>poller).table = self.table
+        self.queue = queue
+        _add_doorbell(self)
+        self._impl = impl
+        _remember(self)
+        self.opened = True
+
+    # Which loop
+
+    @classmethod
+    def instance(cls):
+        """Return the process's loop, made by the first call.  Any thread."""
+        cdef IOLoop loop = _process.get("loop")
+        if loop is None:
+            loop = cls()
+            loop.shared = True
+            if _process.setdefault("loop", loop) is not loop:
+                loop.close()  # another thread was quicker
+                return cls.instance()
+        return loop
+
+    @staticmethod
+    def initialized():
+        """Tell whether the process's loop exists.  Any thread."""
+        return "loop" in _process
+
+    def install(self):
+        """Make this the process's loop; RuntimeError if there is one.  Any thread."""
+        _check_open(self)
+        if _process.setdefault("loop", self) is not self:
+            raise RuntimeError("the process has an IOLoop.instance() already")
+        self.shared = True
+
+    @staticmethod
+    def current(instance=True):
+        """Return the loop that runs in this thread or was made its current one.
+
+        Without one, return `instance()`, or None where `instance` is false.
+        """
+        loop = getattr(_threads, "loop", None)
+        return IOLoop.instance() if loop is None and instance else loop
+
+    def make_current(self):
+        """Make this the current loop of the calling thread."""
+        _check_open(self)
+        _threads.loop = self
+
+    @staticmethod
+    def clear_current():
+        """Leave the calling thread without a current loop."""
+        _threads.loop = None
+
+    # File descriptors
+
+    def add_handler(self, fd, handler, events):
+        """Call `handler(fd, events)` whenever one of `events` is true of `fd`.
+
+        `fd` is a file descriptor or an object with `fileno()`; the handler gets
+        what was passed.  `events` is a mask of READ and WRITE (or poll bits of
+        the kernel, as `_EPOLLRDHUP`); ERROR, an error or a hang-up, is always
+        added.  With a mask of NONE the fd is known but not watched.  The loop
+        is level-triggered: the handler is called again until it has dealt with
+        the event or asked for another mask.  It runs in the context
+        (`contextvars`) that add_handler was called in.
+
+        Raises FileExistsError for an fd that has a handler, PermissionError for
+        a regular file, OSError for what the kernel refuses, ValueError,
+        OverflowError or TypeError for what is no fd, no mask, no callable.
+        Loop thread only.
+        """
+        _check_thread(self)
+        require_callable(handler)
+        cdef uint32_t mask = event_mask(events)
+        cdef int number = fd_number(fd)
+        _check_thread(self)  # fileno() may have closed the loop
+        _add_handler(self, number, mask, NULL, NULL,
+                     _Handler.__new__(_Handler, fd, handler, capture_context()))
+
+    def update_handler(self, fd, events):
+        """Ask for `events` from now on; also drops what is already collected.
+
+        Raises FileNotFoundError for an fd without a handler, else as
+        add_handler.  Loop thread only.
+        """
+        _check_thread(self)
+        cdef uint32_t mask = event_mask(events)
+        cdef int number = fd_number(fd)
+        _check_thread(self)
+        _update_handler(self, number, mask)
+
+    def remove_handler(self, fd):
+        """Forget `fd`, before it is closed; nothing if it has no handler.
+
+        Its handler is not called any more, not even for an event already
+        collected.  Loop thread only.
+        """
+        _check_thread(self)
+        cdef int number = _registered_number(self.table, fd)
+        _check_thread(self)
+        if number >= 0 and number != self.queue.door.reader:
+            _remove_handler(self, number)
+
+    @staticmethod
+    def split_fd(fd):
+        """Return `fd` as a pair: the int and what was passed."""
+        return fd_number(fd), fd
+
+    @staticmethod
+    def close_fd(fd):
+        """Close `fd`, by its own `close()` if it has one; EBADF is ignored."""
+        _close_file(fd)
+
+    # Callbacks
+
+    def add_callback(self, callback, /, *args, **kwargs):
+        """Call `callback(*args, **kwargs)` in the next iteration.
+
+        In order of adding, in the context (`contextvars`) of this call.  What
+        was accepted is run, in this `start()` or a later one, unless the loop
+        is closed.  May be called from any thread, from a signal handler and
+        from `__del__`.
+
+        Raises RuntimeError if the loop is closed, TypeError for what is not
+        callable, and OSError if the loop sleeps and the kernel refuses to wake
+        it.
+        """
+        _queue_call(self, callback, args or None, kwargs, capture_context())
+
+    def add_callback_from_signal(self, callback, /, *args, **kwargs):
+        """As add_callback, which may be called from a signal handler too."""
+        _queue_call(self, callback, args or None, kwargs, capture_context())
+
+    def spawn_callback(self, callback, /, *args, **kwargs):
+        """As add_callback, in an empty context.  Any thread."""
+        _queue_call(self, callback, args or None, kwargs, None)
+
+    def add_future(self, future, callback):
+        """Call `callback(future)` in the loop once `future` is done.
+
+        A future is any object with `add_done_callback`, of this thread or of
+        another (`concurrent.futures`).  Any thread.
+        """
+        _check_open(self)
+        require_callable(callback)
+        future.add_done_callback(_Relay(self, callback, capture_context()))
+
+    # Timeouts
+
+    def time(self):
+        """Return the time in seconds on the clock of `add_timeout`.  Any thread."""
+        if self.timers is None or self.timers.time_func is None:
+            return <double>_read_clock(CLOCK_REALTIME) / 1e9
+        return self.timers.time_func()
+
+    def add_timeout(self, deadline, callback, /, *args, **kwargs):
+        """Call `callback(*args, **kwargs)` at `deadline`; return its handle.
+
+        `deadline` is a time in seconds on the clock of `time()` or a
+        `timedelta` from now.  Never early, late by microseconds; in the order
+        of (deadline, adding).  A deadline in the past is due in the next pass,
+        infinity never.  Raises ValueError for NaN, TypeError for what is no
+        time.  Loop thread only.
+        """
+        return _time_call(self, deadline, _deadline, callback, args or None, kwargs)
+
+    def call_later(self, delay, callback, /, *args, **kwargs):
+        """As add_timeout, `delay` seconds from now."""
+        return _time_call(self, delay, _delay, callback, args or None, kwargs)
+
+    def call_at(self, when, callback, /, *args, **kwargs):
+        """As add_timeout, at `when` seconds on the clock of `time()`."""
+        return _time_call(self, when, _deadline, callback, args or None, kwargs)
+
+    def remove_timeout(self, timeout):
+        """Cancel a handle; nothing if it has run or was cancelled.
+
+        Raises TypeError for what is no handle, ValueError for another loop's.
+        Loop thread only.
+        """
+        _check_thread(self)
+        if not isinstance(timeout, _Timeout):
+            raise TypeError(f"a handle of add_timeout, not {type(timeout).__name__}")
+        if (<_Timeout>timeout).timers not in (NULL, <PyObject *>self.timers):
+            raise ValueError("the timeout belongs to another IOLoop")
+        _cancel(<_Timeout>timeout)
+
+    # Start and stop
+
+    def start(self):
+        """Run until `stop()` is called, or a BaseException ends it.
+
+        Everything not yet delivered is kept for the next start.  Returns at
+        once if stop() was called before.  Raises RuntimeError if the loop runs.
+        """
+        _check_thread(self)
+        _check_idle(self)
+        try:
+            if not self.stopping:
+                _run(self)
+        finally:
+            self.stopping = False
+
+    def stop(self):
+        """Let `start()` return once the iteration is complete.
+
+        Before a start: the next one returns at once.  Wakes a sleeping loop.
+        May be called from any thread and from a signal handler.
+        """
+        cdef bint before = self.stopping
+        _check_open(self)
+        self.stopping = True
+        gil_fence()
+        try:
+            _wake(self.queue)
+        except OSError:
+            self.stopping = before
+            raise
+
+    def running(self):
+        """Tell whether the loop runs.  Any thread."""
+        return self.opened and self.thread != 0
+
+    def run_sync(self, func, timeout=None):
+        """Run the loop until `func()` is done; return its value.
+
+        `func` is a plain function, or one that returns a coroutine or a future,
+        which is waited for.  Raises what it raises, TimeoutError after
+        `timeout` seconds, RuntimeError if the loop was stopped before.
+        """
+        _check_thread(self)
+        _check_idle(self)
+        require_callable(func)
+        return _run_sync(self, func, timeout)
+
+    def run_once(self, timeout=None):
+        """Run one iteration, for embedding the loop into another.
+
+        Poll for at most `timeout` seconds, as long as `start()` would if None.
+        To be called when `fileno()` is readable or `next_timeout()` is over.
+        """
+        cdef int64_t limit = INT64_MAX
+        _check_thread(self)
+        _check_idle(self)
+        if timeout is not None:
+            limit = max(0, nanoseconds(timeout, True))
+        _check_idle(self)
+        _enter(self)
+        try:
+            _iterate(self, limit)
+        finally:
+            _leave(self)
+
+    def next_timeout(self):
+        """Return how long the loop would sleep, in seconds, or None for ever."""
+        _check_thread(self)
+        cdef int64_t wait = 0
+        if not _is_awake(self):
+            wait = _time_to_wait(self, INT64_MAX)
+        return None if wait == FOREVER else <double>wait / SECOND
+
+    def fileno(self):
+        """Return the poller's file descriptor, readable when `run_once` is due.
+
+        Raises io.UnsupportedOperation if the poller has none.  Any thread.
+        """
+        _check_open(self)
+        number = self.poller.fileno()
+        self.embedded = True
+        _doze(self)
+        return number
+
+    def close(self, all_fds=False):
+        """Free the loop; `all_fds` closes every fd and object it has handlers of.
+
+        What is queued is dropped.  Does nothing the second time.  Raises
+        RuntimeError while the loop runs.
+        """
+        if not self.opened:
+            return
+        if self.thread != 0 and not self.forked:
+            raise RuntimeError("a running IOLoop can't be closed")
+        cdef list files = _registered_files(self) if all_fds else []
+        self.opened = False
+        if self.shared and _process.get("loop") is self:
+            del _process["loop"]
+        if getattr(_threads, "loop", None) is self:
+            _threads.loop = None
+        _shut(self)
+        for file in files:
+            try:
+                _close_file(file)
+            except Exception:
+                _report(self, file)
+
+    def reinit(self):
+        """Make the loop usable in a forked child.
+
+        With a poller and a doorbell of its own it keeps the handlers, callbacks
+        and timeouts, and leaves the parent's loop alone.  An `impl` given to
+        the constructor must have a `reinit()` of its own.
+        """
+        if not self.opened:
+            raise RuntimeError("IOLoop is closed")
+        if self.forked:
+            _reinit(self)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+    def __repr__(self):
+        state = ("closed" if not self.opened else "forked" if self.forked
+                 else "running" if self.thread else "idle")
+        return f"<{type(self).__name__} {state} at {<uintptr_t><void *>self:#x}>"
+
+    def __del__(self):
+        if self.opened and not self.shared and not self.forked:
+            PyErr_ResourceWarning(self, 1, b"unclosed IOLoop at %p", <void *>self)
+
+    # Errors and blocking
+
+    def handle_callback_exception(self, callback):
+        """Log the exception (`sys.exc_info()`) that `callback` raised.
+
+        Called for callbacks, timeouts and handlers; override it in a subclass
+        or on the instance.  An exception that it raises itself goes to
+        `sys.unraisablehook`.
+        """
+        _log().error("Exception in callback %r", callback, exc_info=True)
+
+    def set_blocking_signal_threshold(self, seconds, action):
+        """Call `action(signal, frame)` when the loop blocks for over `seconds`.
+
+        By SIGALRM, within a quarter of the time more; an `action` of None lets
+        the signal kill the process, even when it is stuck in C code.  None for
+        `seconds` turns it off at once.  While `start()` runs, SIGALRM's handler
+        and the interval timer ITIMER_REAL are the loop's, and restored after.
+        Main thread only (RuntimeError).
+        """
+        _check_thread(self)
+        if action is not None:
+            require_callable(action)
+        _require_main_thread()
+        _set_watchdog(self, seconds, action, True)
+
+    def set_blocking_log_threshold(self, seconds):
+        """Log a stack trace when the loop blocks for over `seconds`.
+
+        By `log_stack`.  In the main thread by signal, elsewhere by a thread.
+        """
+        _check_thread(self)
+        _set_watchdog(self, seconds, self.log_stack, False)
+
+    def log_stack(self, signal, frame):
+        """Log the stack of `frame`, as the action of a blocking threshold."""
+        import traceback
+        threshold = 0 if self.watchdog is None else self.watchdog.threshold
+        _log().warning("IOLoop blocked for %f seconds in\n%s", threshold / 1e9,
+                       "".join(traceback.format_stack(frame)))
+
+    def stats(self):
+        """Return counters as a dict.  Any thread.
+
+        `iterations`, `polls`, `events`, `callbacks` and `timeouts` count what
+        was run, `pending_callbacks`, `pending_timeouts` and `handlers` what is
+        there; `asleep` is the time spent waiting and `longest_busy` the longest
+        between two waits, both in seconds.
+        """
+        _check_open(self)
+        return {
+            "iterations": self.iterations,
+            "polls": self.polls,
+            "events": self.events,
+            "callbacks": self.queue.head + load64(&self.queue.door.head),
+            "timeouts": self.timers.fired,
+            "pending_callbacks": _pending(self.queue),
+            "pending_timeouts": self.timers.count + self.timers.lates,
+            "handlers": self.table.count - 1,
+            "asleep": self.asleep / 1e9,
+            "longest_busy": self.longest_busy / 1e9,
+        }
+
+    @property
+    def _handlers(self):
+        """A dict of the handlers by file descriptor, a copy."""
+        _check_open(self)
+        return {fd: (<_Handler>handler).callback
+                for fd, handler in _registrations(self)}
+
+
+cdef inline int _check_open(IOLoop loop) except -1:
+    if not loop.opened or loop.forked:
+        _refuse(loop)
+    return 0
+
+
+cdef inline int _check_thread(IOLoop loop) except -1:
+    if not loop.opened or loop.forked or (
+            loop.thread != 0 and loop.thread != get_thread()):
+        _refuse(loop)
+    return 0
+
+
+cdef int _refuse(IOLoop loop) except -1:
+    if not loop.opened:
+        raise RuntimeError("IOLoop is closed")
+    if loop.forked:
+        raise RuntimeError("this IOLoop was made before a fork: call its reinit() "
+                           "or make a new one in the child process")
+    raise RuntimeError("IOLoop runs in another thread, "
+                       "and this method is not thread-safe")
+
+
+cdef int _check_idle(IOLoop loop) except -1:
+    if not loop.opened:
+        _refuse(loop)
+    if loop.thread != 0:
+        raise RuntimeError("IOLoop is already running")
+    return 0
+
+
+cdef int _run(IOLoop loop) except -1:
+    """Iterate until asked to stop."""
+    _enter(loop)
+    try:
+        while _iterate(loop, INT64_MAX):
+            pass
+    finally:
+        _leave(loop)
+    return 0
+
+
+cdef int _enter(IOLoop loop) except -1:
+    """Take the loop for this thread."""
+    loop.thread = loop.timers.thread = get_thread()
+    try:
+        loop.outer = getattr(_threads, "loop", None)
+        _threads.loop = loop
+        _take_wakeup_fd(loop)
+        _start_watchdog(loop)
+    except BaseException:
+        _leave(loop)
+        raise
+    return 0
+
+
+cdef int _leave(IOLoop loop) except -1:
+    """Give everything back that _enter took; the loop is restartable."""
+    try:
+        _stop_watchdog(loop)
+    finally:
+        _give_wakeup_fd(loop)
+        _threads.loop, loop.outer = loop.outer, None
+        loop.thread = loop.timers.thread = 0
+        loop.woken = 0
+        _doze(loop)
+    return 0
+
+
+cdef int _shut(IOLoop loop) except -1:
+    """Close and drop everything."""
+    loop.poller.close()
+    _close_door(loop.queue.door)
+    _clear_table(loop.table)
+    _clear_timers(loop.timers)
+    _clear_queue(loop.queue)
+    return 0
+
+
+cdef int _orphan(IOLoop loop) except -1:
+    """In a forked child: leave the parent's loop alone."""
+    # A thread that is gone may hold the lock.
+    pthread_mutex_init(&loop.queue.door.lock, NULL)
+    loop.forked = True
+    return loop.poller.leave()
+
+
+cdef int _reinit(IOLoop loop) except -1:
+    """Replace what a child shares with its parent."""
+    _remove_handler(loop, loop.queue.door.reader)
+    _open_door(loop.queue.door)
+    # The child may have closed what it has handlers for: these numbers are ours now.
+    _remove_handler(loop, loop.queue.door.reader)
+    _remove_handler(loop, loop.queue.door.writer)
+    loop.poller.renew(loop.table)
+    _remove_handler(loop, loop.poller.handle)
+    _add_doorbell(loop)
+    loop.forked = False
+    if loop.thread != get_thread():
+        loop.thread = loop.timers.thread = 0
+    elif loop.wakeup != NOT_OURS:
+        _signal.set_wakeup_fd(loop.queue.door.writer, warn_on_full_buffer=False)
+    return 0
+
+
+# -- The iteration -------------------------------------------------------------
+
+cdef enum:
+    # While callbacks wait, the kernel is asked for events in every pass of a
+    # Python poller, and in one of so many passes (or once a tick of the coarse
+    # clock, a few milliseconds) of a native one: a system call costs more than
+    # a short callback.
+    PASSES_PER_POLL = 16
+
+    # A poll that found events at once is followed by one that doesn't wait, which
+    # keeps the GIL and reads no clock; other threads get the GIL now and then.
+    EAGER = 5000            # nanoseconds that are at once
+    POLLS_PER_SHARE = 64
+
+
+cdef int _iterate(IOLoop loop, int64_t limit) except -1:
+    """One iteration, waiting for at most `limit` ns; false if it was the last."""
+    cdef int n
+    loop.iterations += 1
+    store(&loop.queue.door.asleep, 0)
+    _note_progress(loop)
+    _run_callbacks(loop)
+    if loop.timers.count:
+        _run_timeouts(loop)
+    if loop.stopping:
+        return False
+    n = _poll_events(loop, limit)
+    if n:
+        _run_handlers(loop, n)
+    if DEBUG:
+        _verify(loop)
+    return True
+
+
+cdef int _run_callbacks(IOLoop loop) except -1:
+    """Step 1: what was queued when the iteration began."""
+    cdef _Queue queue = loop.queue
+    cdef _Door *door = queue.door
+    cdef uint64_t last_post = load64(&door.tail), last = queue.tail
+    cdef object call
+    while True:
+        if door.head < last_post and _run_post(
+                loop, door, queue.head if queue.head < last else UINT64_MAX):
+            continue
+        if queue.head >= last:
+            return 0
+        gil_lock(&door.lock)
+        call = take(queue.ring, <Py_ssize_t>(queue.head & queue.mask))
+        queue.head += 1
+        gil_unlock(&door.lock)
+        _invoke(loop, call)
+
+
+cdef int _run_timeouts(IOLoop loop) except -1:
+    """Step 2: what is due at one sample of the clock."""
+    cdef _Timers timers = loop.timers
+    cdef object call
+    cdef int64_t now = _now(timers)
+    if timers.count == 0 or timers.heap[0].deadline > now:
+        return 0
+    timers.pass_time = now
+    timers.passing = True
+    try:
+        while timers.count and timers.heap[0].deadline <= now:
+            call = _release(timers, _extract(timers, 0))
+            timers.fired += 1
+            if type(call) is _Timer:
+                _run_timer(loop, <_Timer>call)
+            else:
+                _invoke(loop, call)
+    finally:
+        timers.passing = False
+        _add_late(timers)
+    return 0
+
+
+cdef int64_t _time_to_wait(IOLoop loop, int64_t limit) except -2:
+    """How long to sleep: 0, nanoseconds, or FOREVER."""
+    cdef _Timers timers = loop.timers
+    if limit and timers.count and timers.heap[0].deadline != INT64_MAX:
+        limit = min(limit, max(0, later(timers.heap[0].deadline, -_now(timers))))
+    return FOREVER if limit == INT64_MAX else limit
+
+
+cdef int _poll_events(IOLoop loop, int64_t limit) except -1:
+    """Step 4: the number of events now in the poller's array."""
+    cdef _Poller poller = loop.poller
+    cdef int64_t wait = 0
+    cdef int n = 0
+    _check_open(loop)  # a callback may have forked, and its child have closed it
+    if poller.kept:
+        n, poller.kept = poller.kept, 0
+        return n
+    if not _is_awake(loop):
+        wait = _time_to_wait(loop, limit)
+    elif _may_skip_poll(loop):
+        return 0
+    loop.polls += 1
+    if wait == 0 or loop.eager:
+        n = poller.wait(0)
+        _share_gil(loop)
+        loop.eager = n > 0 and not poller.foreign
+    if n == 0 and wait != 0:
+        n = _sleep(loop, wait)
+    loop.table.batch += 1
+    try:
+        PyErr_CheckSignals()
+    except BaseException:
+        _keep_events(loop, 0, n)
+        raise
+    return n
+
+
+cdef bint _may_skip_poll(IOLoop loop) noexcept:
+    cdef int64_t tick
+    if loop.poller.foreign:
+        return False
+    tick = _read_clock(CLOCK_COARSE)
+    loop.skipped += 1
+    if loop.skipped < PASSES_PER_POLL and tick == loop.tick:
+        return True
+    loop.skipped = 0
+    loop.tick = tick
+    return False
+
+
+cdef int _share_gil(IOLoop loop) except -1:
+    """Let other threads run, should all that runs here be C."""
+    loop.held += 1
+    if loop.held == POLLS_PER_SHARE:
+        loop.held = 0
+        with nogil:
+            pass
+    return 0
+
+
+cdef int _sleep(IOLoop loop, int64_t wait) except -1:
+    """Poll without the GIL, and keep the accounts of how long."""
+    cdef int *asleep = &loop.queue.door.asleep
+    cdef int64_t before = monotonic(), left
+    cdef int n
+    if loop.woken:
+        loop.longest_busy = max(loop.longest_busy, before - loop.woken)
+    _note_idle(loop, True)
+    # First the flag, then another look at the queue: whoever adds does it the
+    # other way round, so one of the two sees the other.
+    store(asleep, 1)
+    fence()
+    try:
+        n = _wait(loop, wait)
+        while loop.poller.interrupted:
+            # By a signal that may be nothing to us, as a look of the watchdog.
+            PyErr_CheckSignals()
+            left = wait if wait == FOREVER else max(0, wait - monotonic() + before)
+            n = _wait(loop, left)
+    finally:
+        store(asleep, 0)
+        _note_idle(loop, False)
+        loop.woken = monotonic()
+        loop.asleep += loop.woken - before
+    loop.eager = n > 0 and loop.woken - before < EAGER and not loop.poller.foreign
+    return n
+
+
+cdef int _wait(IOLoop loop, int64_t wait) except -1:
+    cdef sigset_t every
+    if not (loop.in_main_thread and loop.wakeup == NOT_OURS and loop.poller.maskable):
+        return loop.poller.wait(0 if _is_awake(loop) else wait)
+    # A signal does not ring the doorbell: let none come but in the poll.
+    sigfillset(&every)
+    pthread_sigmask(SIG_SETMASK, &every, &loop.poller.mask)
+    loop.poller.masked = True
+    try:
+        PyErr_CheckSignals()
+        return loop.poller.wait(0 if _is_awake(loop) else wait)
+    finally:
+        loop.poller.masked = False
+        pthread_sigmask(SIG_SETMASK, &loop.poller.mask, NULL)
+
+
+cdef inline bint _is_awake(IOLoop loop) noexcept:
+    """Tell whether there is something to do already."""
+    return loop.stopping or _pending(loop.queue)
+
+
+cdef int _run_handlers(IOLoop loop, int n) except -1:
+    """Step 5: deliver `n` events, each to the registration that it is for."""
+    cdef _Table table = loop.table
+    cdef _Poller poller = loop.poller
+    cdef _Ready *ready
+    cdef _Slot *slot
+    cdef _Handler handler
+    cdef uint32_t events
+    cdef bint stray = False
+    cdef int i = 0
+    _look_after(loop, n)
+    loop.events += n
+    try:
+        while i < n:
+            ready = &poller.ready[i]
+            i += 1
+            if ready.fd >= table.size:
+                stray = True
+                continue
+            slot = &table.slots[ready.fd]
+            if slot.generation != ready.generation or slot.generation == 0:
+                # Removed by a handler of this batch, or unknown from the start?
+                stray |= slot.ended != table.batch
+                continue
+            events = ready.events & (slot.events | ERROR)
+            if not events or not slot.events:
+                continue
+            if slot.function != NULL:
+                _run_c_handler(loop, ready.fd, slot, events)
+            else:
+                handler = <_Handler>peek(table.handlers, ready.fd)
+                _run_handler(loop, handler, events)
+    except BaseException:
+        _keep_events(loop, i, n)
+        raise
+    if stray:
+        _renew_poller(loop)
+    # One that came after the poll may have had its ring at the door drained.
+    PyErr_CheckSignals()
+    return 0
+
+
+cdef int _run_handler(IOLoop loop, _Handler handler, uint32_t events) except -1:
+    cdef object fd = handler.file, callback = handler.callback, mask = events
+    cdef PyObject *context = _enter_context(loop, handler.context)
+    try:
+        _settle(loop, callback, call2(
+            <PyObject *>callback, <PyObject *>fd, <PyObject *>mask), True)
+    finally:
+        exit_context(context)
+        if handler.context is None and not is_blank(context):
+            # What a handler sets in its context is there when it is called again.
+            handler.context, loop.blank = loop.blank, new_context()
+    return 0
+
+
+cdef int _run_c_handler(IOLoop loop, int fd, _Slot *slot, uint32_t events) except -1:
+    # The slots may move and the owner may go while the handler runs.
+    cdef object owner = (<_Handler>peek(loop.table.handlers, fd)).callback
+    try:
+        slot.function(loop, fd, events, slot.arg)
+    except Exception as error:
+        if not _is_broken_pipe(error):
+            _report(loop, owner)
+    return 0
+
+
+# Below: what the steps share.
+
+cdef int _invoke(IOLoop loop, object call) except -1:
+    """Run a call of a user in its context."""
+    cdef object callback = call, context = None
+    cdef PyObject *entered
+    if type(call) is _Call:
+        callback, context = (<_Call>call).callback, (<_Call>call).context
+    entered = _enter_context(loop, context)
+    try:
+        _settle(loop, callback, _apply(call), False)
+    finally:
+        exit_context(entered)
+        if context is None and not is_blank(entered):
+            loop.blank = new_context()
+    return 0
+
+
+cdef inline PyObject *_apply(object call) noexcept:
+    """The result of a call, or NULL."""
+    if type(call) is not _Call:
+        return call0(<PyObject *>call)
+    return call_with(<PyObject *>(<_Call>call).callback, <PyObject *>(<_Call>call).args,
+                     <PyObject *>(<_Call>call).kwargs)
+
+
+cdef inline PyObject *_enter_context(IOLoop loop, object context) except NULL:
+    cdef PyObject *entered = <PyObject *>(loop.blank if context is None else context)
+    enter_context(entered)
+    return entered
+
+
+cdef inline int _settle(IOLoop loop, object callback, PyObject *result,
+                        bint is_handler) except -1:
+    """Deal with what a callable returned, or raised (NULL)."""
+    if result == NULL:
+        return _failed(loop, callback, is_handler)
+    try:
+        if result != <PyObject *>None:
+            _returned(loop, callback, <object>result)
+    finally:
+        Py_XDECREF(result)
+    return 0
+
+
+cdef int _failed(IOLoop loop, object callback, bint is_handler) except -1:
+    """Report the exception that is set; what is no Exception goes on up."""
+    try:
+        raise_pending()
+    except Exception as error:
+        if not (is_handler and _is_broken_pipe(error)):
+            _report(loop, callback)
+    return 0
+
+
+cdef bint _is_broken_pipe(object error) except -1:
+    """Tell whether a handler found its peer gone, which it is told by an event too."""
+    return isinstance(error, OSError) and error.errno == EPIPE
+
+
+cdef int _report(IOLoop loop, object callback) except -1:
+    """Give the exception being handled to the hook, whose own go elsewhere."""
+    try:
+        loop.handle_callback_exception(callback)
+    except Exception:
+        _unraisable(callback)
+    return 0
+
+
+cdef void _unraisable(object callback) noexcept:
+    """Hand the exception being handled to sys.unraisablehook."""
+    cdef object error = sys.exc_info()[1]
+    PyErr_SetObject(type(error), error)
+    PyErr_WriteUnraisable(callback)
+
+
+# -- Coroutines and futures ----------------------------------------------------
+
+cdef int _returned(IOLoop loop, object callback, object result) except -1:
+    """Drive what a callable returned, if that can be driven, to its end."""
+    try:
+        future = _as_future(loop, result)
+        if future is not None:
+            future.add_done_callback(_Relay(loop, _Outcome(loop, callback), None))
+    except Exception:
+        _report(loop, callback)
+    return 0
+
+
+cdef object _as_future(IOLoop loop, object result):
+    """A future for `result`, or None if it is a plain value."""
+    if hasattr(result, "add_done_callback"):
+        return result
+    if hasattr(type(result), "__await__"):
+        return _Task(loop, result)
+    return None
+
+
+cdef bint _was_cancelled(object future) except -1:
+    cancelled = getattr(future, "cancelled", None)
+    return cancelled is not None and cancelled()
+
+
+@cython.final
+@cython.internal
+cdef class _Relay:
+    """A future's done callback, that queues the real one in the loop."""
+
+    cdef IOLoop loop
+    cdef object callback, context
+
+    def __cinit__(self, IOLoop loop not None, callback, context):
+        self.loop, self.callback, self.context = loop, callback, context
+
+    def __call__(self, future):
+        _check_open(self.loop)
+        _push(self.loop.queue,
+              make_call(self.callback, (future,), None, self.context))
+
+
+@cython.final
+@cython.internal
+cdef class _Outcome:
+    """Reports the exception of a future that a callable returned."""
+
+    cdef IOLoop loop
+    cdef object callback
+
+    def __cinit__(self, IOLoop loop not None, callback):
+        self.loop, self.callback = loop, callback
+
+    def __call__(self, future):
+        if not _was_cancelled(future):
+            try:
+                future.result()
+            except Exception:
+                _report(self.loop, self.callback)
+
+
+@cython.final
+cdef class _Task:
+    """A coroutine on its way, and the future of its result.
+
+    It may await whatever yields None, to go on in the next iteration, or a
+    future, to go on when that is done; each step runs in the same context.
+    """
+
+    cdef object __weakref__
+    cdef IOLoop loop
+    cdef object steps, value, error, context
+    cdef bint finished
+    cdef list callbacks
+
+    def __cinit__(self, IOLoop loop not None, awaitable):
+        self.loop = loop
+        self.steps = type(awaitable).__await__(awaitable)
+        self.context = capture_context() or new_context()
+        self.callbacks = []
+        _push(loop.queue, make_call(self, None, None, self.context))
+
+    def __call__(self, future=None):
+        """Go on, with the result of the future that was awaited."""
+        if self.finished:
+            return
+        try:
+            if future is None:
+                awaited = self.steps.send(None)
+            else:
+                awaited = self._resume(future)
+        except StopIteration as stop:
+            self._finish(stop.value, None)
+        except Exception as error:
+            self._finish(None, error)
+        else:
+            self._wait_for(awaited)
+
+    def _resume(self, future):
+        try:
+            value = future.result()
+        except BaseException as error:
+            return self.steps.throw(error)
+        return self.steps.send(value)
+
+    def _wait_for(self, awaited):
+        if awaited is None:
+            _push(self.loop.queue, make_call(self, None, None, self.context))
+        elif hasattr(awaited, "add_done_callback"):
+            awaited.add_done_callback(_Relay(self.loop, self, self.context))
+        else:
+            error = TypeError(f"a coroutine on an IOLoop can't await {awaited!r}")
+            _push(self.loop.queue,
+                  make_call(self, (_Broken(error),), None, self.context))
+
+    def _finish(self, value, error):
+        self.finished, self.value, self.error = True, value, error
+        callbacks, self.callbacks = self.callbacks, None
+        for callback in callbacks:
+            callback(self)
+
+    def add_done_callback(self, callback):
+        """Call `callback(self)` once the coroutine has ended."""
+        if self.finished:
+            callback(self)
+        else:
+            self.callbacks.append(callback)
+
+    def done(self):
+        """Tell whether the coroutine has ended."""
+        return self.finished
+
+    def cancel(self):
+        """Close the coroutine, if it has not ended."""
+        if not self.finished:
+            self.finished = True
+            self.callbacks = None
+            self.steps.close()
+
+    def result(self):
+        """Return what the coroutine returned, or raise what it raised."""
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+@cython.final
+@cython.internal
+cdef class _Broken:
+    """Stands for a future, to throw an error into a coroutine."""
+
+    cdef object error
+
+    def __cinit__(self, error):
+        self.error = error
+
+    def result(self):
+        raise self.error
+
+
+@cython.final
+@cython.internal
+cdef class _Sync:
+    """One call of run_sync."""
+
+    cdef IOLoop loop
+    cdef object func, value, error
+    cdef bint begun, done, expired, over
+
+    def __cinit__(self, IOLoop loop not None, func):
+        self.loop, self.func = loop, func
+
+    def run(self):
+        self.begun = True
+        try:
+            self.value = self.func()
+            future = _as_future(self.loop, self.value)
+            if future is not None:
+                self.value = future
+                self.loop.add_future(future, self.finish)
+                return
+        except Exception as error:
+            self.error = error
+        self.done = True
+        self.loop.stop()
+
+    def finish(self, future):
+        if self.over:
+            return  # cancelled by outcome(), most likely
+        try:
+            self.value = future.result()
+        except Exception as error:
+            self.error = error
+        self.done = True
+        self.loop.stop()
+
+    def expire(self):
+        self.expired = True
+        self.loop.stop()
+
+    def outcome(self, timeout):
+        self.over = True
+        if self.error is not None:
+            raise self.error
+        if self.done:
+            return self.value
+        if hasattr(self.value, "cancel"):
+            self.value.cancel()
+        if self.expired:
+            raise TimeoutError(f"no result after {timeout} seconds")
+        raise RuntimeError("IOLoop was stopped before the function was done")
+
+
+cdef object _run_sync(IOLoop loop, object func, object timeout):
+    cdef _Sync call = _Sync(loop, func)
+    cdef object handle = None
+    cdef object queued = make_call(call.run, None, None, capture_context())
+    try:
+        if timeout is not None:
+            handle = loop.call_later(timeout, call.expire)
+        _push(loop.queue, queued)
+        loop.start()
+    finally:
+        if not call.begun:
+            _take_back(loop.queue, queued)
+        if handle is not None and loop.opened:
+            loop.remove_timeout(handle)
+    return call.outcome(timeout)
+
+
+# -- Callback queue ------------------------------------------------------------
+#
+# Python's callbacks are in a ring of calls.  A call is the callable itself, or a
+# _Call where it has arguments or a context.  The ring is a list, so that the
+# garbage collector sees what is in it.
+#
+# What other threads need without the GIL is the door: their own queue of C
+# callbacks, and the doorbell, a pipe that wakes the loop.  A C callback carries
+# the number of Python callbacks queued before it, which puts the two in order.
+#
+# No Python code can run while the ring changes or the door's lock is held:
+# whatever allocates or drops a reference does it before or after.
+
+cdef struct _Post:
+    ioloop_callback_v1 function
+    void *arg
+    uint64_t after          # how many of Python's callbacks go first
+
+cdef struct _Door:
+    pthread_mutex_t lock
+    _Post *posts            # a ring
+    uint64_t head, tail, capacity
+    uint64_t queued         # Python's callbacks so far
+    int reader, writer      # the doorbell
+    int asleep              # the loop waits or is about to
+    int rung                # and somebody has rung
+    int closed
+
+cdef enum:
+    RING = 64               # callbacks that fit from the start
+
+
+@cython.final
+@cython.internal
+cdef class _Queue:
+    """Callbacks in order, and the doorbell that says that there are some."""
+
+    cdef list ring
+    cdef uint64_t head, tail, mask      # of callbacks: taken, added, room - 1
+    cdef _Door *door
+
+    def __cinit__(self):
+        self.ring = [None] * RING
+        self.mask = RING - 1
+        self.door = <_Door *>calloc(1, sizeof(_Door))
+        if self.door == NULL:
+            raise MemoryError
+        self.door.reader = self.door.writer = -1
+        pthread_mutex_init(&self.door.lock, NULL)
+        _open_door(self.door)
+
+    def __dealloc__(self):
+        if self.door != NULL:
+            _close_door(self.door)
+            pthread_mutex_destroy(&self.door.lock)
+            free(self.door.posts)
+            free(self.door)
+
+
+@cython.final
+@cython.internal
+@cython.freelist(64)
+cdef class _Call:
+    """A callable, with what it is called with and in."""
+
+    cdef object callback, context
+    cdef tuple args
+    cdef dict kwargs
+
+
+cdef inline object make_call(object callback, object args, dict kwargs,
+                             object context):
+    """A call; None for arguments or a context that it has not."""
+    if args is None and context is None and not kwargs:
+        return callback
+    return _make_call(callback, args, kwargs, context)
+
+
+cdef object _make_call(object callback, object args, dict kwargs, object context):
+    cdef _Call call = _Call.__new__(_Call)
+    call.callback, call.context, call.kwargs = callback, context, kwargs or None
+    call.args = () if args is None else <tuple>args
+    return call
+
+
+cdef inline int _queue_call(IOLoop loop, object callback, object args, dict kwargs,
+                            object context) except -1:
+    _check_open(loop)
+    require_callable(callback)
+    return _push(loop.queue, make_call(callback, args, kwargs, context))
+
+
+cdef inline uint64_t _pending(_Queue queue) noexcept:
+    return (queue.tail - queue.head) + (load64(&queue.door.tail) - queue.door.head)
+
+
+cdef inline int _push(_Queue queue, object call) except -1:
+    """Queue a call; wake the loop if it sleeps."""
+    while queue.tail - queue.head > queue.mask:
+        _resize_ring(queue, 2 * (queue.mask + 1))
+    gil_lock(&queue.door.lock)
+    put(queue.ring, <Py_ssize_t>(queue.tail & queue.mask), call)
+    queue.tail += 1
+    store64(&queue.door.queued, queue.tail)
+    gil_unlock(&queue.door.lock)
+    gil_fence()
+    if load(&queue.door.asleep):
+        try:
+            _wake(queue)
+        except OSError:
+            _take_back(queue, call)
+            raise
+    return 0
+
+
+cdef int _take_back(_Queue queue, object call) except -1:
+    """Undo the last _push: the caller is told that it failed."""
+    cdef Py_ssize_t last
+    gil_lock(&queue.door.lock)
+    last = <Py_ssize_t>((queue.tail - 1) & queue.mask)
+    if queue.tail > queue.head and peek(queue.ring, last) == <PyObject *>call:
+        queue.tail -= 1
+        take(queue.ring, last)
+    gil_unlock(&queue.door.lock)
+    return 0
+
+
+cdef int _resize_ring(_Queue queue, uint64_t room) except -1:
+    """Give the ring room for so many calls, a power of two."""
+    # The allocation may collect garbage, and that may queue callbacks.
+    cdef list ring = [None] * <Py_ssize_t>room, old
+    cdef uint64_t n
+    gil_lock(&queue.door.lock)
+    old, n = queue.ring, queue.head
+    if queue.tail - n <= room:
+        while n != queue.tail:
+            put(ring, <Py_ssize_t>(n & (room - 1)),
+                take(old, <Py_ssize_t>(n & queue.mask)))
+            n += 1
+        queue.ring, queue.mask = ring, room - 1
+    gil_unlock(&queue.door.lock)
+    return 0
+
+
+cdef int _clear_queue(_Queue queue) except -1:
+    while queue.head != queue.tail:
+        queue.head += 1
+        take(queue.ring, <Py_ssize_t>((queue.head - 1) & queue.mask))
+    return 0
+
+
+cdef inline _Post *_next_post(_Door *door) noexcept nogil:
+    return &door.posts[door.head & (door.capacity - 1)]
+
+
+cdef bint _run_post(IOLoop loop, _Door *door, uint64_t head) except -1:
+    """Run the next C callback if it goes before Python's number `head`."""
+    cdef _Post post
+    pthread_mutex_lock(&door.lock)
+    post = _next_post(door)[0]
+    if post.after <= head:
+        store64(&door.head, door.head + 1)
+    pthread_mutex_unlock(&door.lock)
+    if post.after > head:
+        return False
+    try:
+        post.function(loop, post.arg)
+    except Exception:
+        _report(loop, None)
+    return True
+
+
+cdef int _post(_Door *door, ioloop_callback_v1 function,
+               void *arg) noexcept nogil:
+    """Queue a C callback; 0 or an errno."""
+    cdef int error = 0
+    cdef _Post *slot
+    cdef uint64_t number = 0
+    pthread_mutex_lock(&door.lock)
+    if door.closed:
+        error = ESHUTDOWN
+    elif door.tail - door.head == door.capacity and not _grow_posts(door):
+        error = ENOMEM
+    else:
+        slot = &door.posts[door.tail & (door.capacity - 1)]
+        slot.function, slot.arg, slot.after = function, arg, load64(&door.queued)
+        number = door.tail
+        store64(&door.tail, number + 1)
+    pthread_mutex_unlock(&door.lock)
+    if error:
+        return error
+    fence()
+    error = _ring(door)
+    if error:
+        pthread_mutex_lock(&door.lock)
+        if door.tail == number + 1 and door.head <= number:
+            store64(&door.tail, number)
+        pthread_mutex_unlock(&door.lock)
+    return error
+
+
+cdef bint _grow_posts(_Door *door) noexcept nogil:
+    cdef uint64_t room = 2 * door.capacity if door.capacity else 64
+    cdef uint64_t n = door.head
+    cdef _Post *posts = <_Post *>malloc(room * sizeof(_Post))
+    if posts == NULL:
+        return False
+    while n != door.tail:
+        posts[n & (room - 1)] = door.posts[n & (door.capacity - 1)]
+        n += 1
+    free(door.posts)
+    door.posts, door.capacity = posts, room
+    return True
+
+
+# -- Waker ---------------------------------------------------------------------
+#
+# A pipe used as a doorbell: nobody cares what is in it, only that there is
+# something.  It is rung at most once until the loop has answered, and only
+# while the loop sleeps or is about to.
+
+cdef int _open_door(_Door *door) except -1:
+    """Make the pipe, anew in a forked child."""
+    cdef int fds[2]
+    check(open_pipe(fds))
+    _close_bell(door)
+    try:
+        door.reader = above_stdio(fds[0])
+    except BaseException:
+        close(fds[1])
+        raise
+    door.writer = above_stdio(fds[1])
+    door.rung = door.closed = 0
+    return 0
+
+
+cdef void _close_door(_Door *door) noexcept nogil:
+    """Nobody rings, or posts, from now on."""
+    pthread_mutex_lock(&door.lock)
+    door.closed = 1
+    _close_bell(door)
+    door.head = door.tail
+    pthread_mutex_unlock(&door.lock)
+
+
+cdef void _close_bell(_Door *door) noexcept nogil:
+    if door.reader >= 0:
+        close(door.reader)
+    if door.writer >= 0:
+        close(door.writer)
+    door.reader = door.writer = -1
+
+
+cdef int _ring(_Door *door) noexcept nogil:
+    """Wake the loop if it sleeps; 0 or an errno, and leave errno alone."""
+    cdef int saved = errno, error = 0
+    if not load(&door.asleep) or swap(&door.rung, 1):
+        return 0
+    pthread_mutex_lock(&door.lock)
+    if not door.closed:
+        while write(door.writer, b"!", 1) == -1:
+            if errno != EINTR:
+                error = 0 if errno == EAGAIN else errno  # full: it is rung
+                break
+    if error:
+        store(&door.rung, 0)
+    pthread_mutex_unlock(&door.lock)
+    (&errno)[0] = saved
+    return error
+
+
+cdef int _wake(_Queue queue) except -1:
+    cdef int error = _ring(queue.door)
+    if error:
+        raise OSError(error, "the IOLoop sleeps and can't be woken: "
+                      + os.strerror(error))
+    return 0
+
+
+cdef int _doze(IOLoop loop) noexcept:
+    """Between iterations: somebody else may poll our fileno()."""
+    store(&loop.queue.door.asleep, loop.embedded)
+    if loop.embedded and _pending(loop.queue):
+        _ring(loop.queue.door)
+    return 0
+
+
+cdef int _on_doorbell(object loop, int fd, uint32_t events, void *arg) except -1:
+    """The handler of the pipe's reading end."""
+    cdef _Door *door = <_Door *>arg
+    cdef char buffer[512]
+    # First empty, then ready to be rung again: the queue is looked at after.
+    while read(fd, buffer, sizeof(buffer)) == sizeof(buffer):
+        pass
+    store(&door.rung, 0)
+    return 0
+
+
+cdef int _add_doorbell(IOLoop loop) except -1:
+    cdef _Door *door = loop.queue.door
+    return _add_handler(loop, door.reader, READ, _on_doorbell, door,
+                        _Handler.__new__(_Handler, None, None, None))
+
+
+# Signals: while the loop runs in the main thread, a signal rings the doorbell too,
+# so that one that arrives just before the poll ends it at once.  The wakeup fd of
+# somebody else is left alone, unless it is that of the loop that called this one.
+
+cdef enum:
+    NOT_OURS = -2
+
+
+cdef int _take_wakeup_fd(IOLoop loop) except -1:
+    cdef int ours = loop.queue.door.writer
+    cdef int old
+    loop.wakeup = NOT_OURS
+    loop.in_main_thread = False
+    try:
+        old = _signal.set_wakeup_fd(ours, warn_on_full_buffer=False)
+    except ValueError:
+        return 0
+    loop.in_main_thread = True
+    if old != -1 and not (loop.outer is not None
+                          and (<IOLoop>loop.outer).queue.door.writer == old):
+        if _set_wakeup_fd(old):
+            return 0
+        old = -1
+    loop.wakeup = old
+    return 0
+
+
+cdef int _give_wakeup_fd(IOLoop loop) except -1:
+    cdef int found
+    if loop.wakeup == NOT_OURS:
+        return 0
+    found = _signal.set_wakeup_fd(-1)
+    if found == loop.queue.door.writer:
+        found = loop.wakeup  # else somebody set one while the loop ran
+    loop.wakeup = NOT_OURS
+    _set_wakeup_fd(found)
+    return 0
+
+
+cdef bint _set_wakeup_fd(int fd) except -1:
+    """Set it as it was, if it is still open."""
+    try:
+        _signal.set_wakeup_fd(fd)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+# -- Timeouts ------------------------------------------------------------------
+#
+# Three arrays of one length, and a handle for the user:
+#
+#   heap      pairs of a deadline and a handle, with four children to a node, in the
+#             order of (deadline, adding); it owns the handles.  At its other end
+#             are the late ones: added in step 2, they have to wait for the next.
+#   calls     what to call: a list, so that the garbage collector sees it
+#   spare     the slots of `calls` that are free, as a stack
+#
+# A handle refers to no Python object, so it costs the garbage collector nothing.
+# It knows its slot, and its index in the heap: it is removed in O(log n), for good.
+#
+# Deadlines are nanoseconds on the loop's clock: CLOCK_MONOTONIC, or time_func.
+# INT64_MAX is never.
+
+cdef enum:
+    SPACIOUS = 1024         # timeouts for which there may be room without any
+    CLOCK_IS_SET = 10000    # the wall clock is, if it jumps by so many nanoseconds
+
+cdef struct _Entry:
+    int64_t deadline
+    PyObject *timeout
+
+
+@cython.internal
+@cython.final
+cdef class _Timers:
+    """The heap, and the clock that it is kept by."""
+
+    cdef object time_func           # None: the monotonic clock
+    cdef list calls
+    cdef _Entry *heap
+    cdef int *spare
+    cdef Py_ssize_t count           # timeouts in the heap
+    cdef Py_ssize_t spares          # free slots
+    cdef Py_ssize_t room            # slots
+    cdef int64_t added
+    cdef uint64_t fired
+    cdef int64_t wall_offset        # of the wall clock, as long as nobody sets it
+    cdef unsigned long thread       # as in IOLoop
+    cdef bint passing               # step 2 runs
+    cdef int64_t pass_time          # its sample of the clock
+    cdef Py_ssize_t lates           # timeouts that it must not run
+    cdef bint closed
+
+    def __cinit__(self, time_func):
+        self.time_func = time_func
+        self.calls = []
+
+    def __dealloc__(self):
+        cdef Py_ssize_t i
+        _add_late(self)
+        for i in range(self.count):
+            (<_Timeout>self.heap[i].timeout).timers = NULL
+            Py_XDECREF(self.heap[i].timeout)
+        free(self.heap)
+        free(self.spare)
+
+
+@cython.final
+@cython.freelist(256)
+cdef class _Timeout:
+    """A handle of `add_timeout`, which is where it comes from."""
+
+    cdef PyObject *timers           # where it is; NULL: it has run or was cancelled
+    cdef int64_t stamp              # the order of adding; the deadline of a dead one
+    cdef int index, slot
+
+    def __init__(self):
+        raise TypeError("a timeout is made by IOLoop.add_timeout()")
+
+    def cancel(self):
+        """Cancel the timeout; nothing if it has run or was cancelled.
+
+        Loop thread only.
+        """
+        if self.timers != NULL:
+            _check_owner(<_Timers>self.timers)
+            _cancel(self)
+
+    @property
+    def callback(self):
+        """The callable, or None once the timeout has run or was cancelled."""
+        if self.timers == NULL or (<_Timers>self.timers).calls is None:
+            return None
+        call = (<_Timers>self.timers).calls[self.slot]
+        return (<_Call>call).callback if type(call) is _Call else call
+
+    @property
+    def deadline(self):
+        """The time in seconds on the clock of the loop's `time()`."""
+        if self.timers == NULL:
+            return <double>self.stamp / SECOND
+        return _clock_time(<_Timers>self.timers,
+                           (<_Timers>self.timers).heap[self.index].deadline)
+
+    def __repr__(self):
+        state = "dead" if self.timers == NULL else f"at {self.deadline:.6f}"
+        return f"<ioloop._Timeout {state}>"
+
+
+cdef int _check_owner(_Timers timers) except -1:
+    if timers.thread != 0 and timers.thread != get_thread():
+        raise RuntimeError("IOLoop runs in another thread, "
+                           "and a timeout is not thread-safe")
+    return 0
+
+
+# The clock
+
+cdef inline int64_t _now(_Timers timers) except? -1:
+    if timers.time_func is None:
+        return monotonic()
+    return nanoseconds(timers.time_func(), False)
+
+
+cdef int64_t _deadline(_Timers timers, object when) except? -1:
+    """A time on the clock of time(), or a timedelta, as nanoseconds of ours."""
+    cdef int64_t target
+    if type(when) is not float and hasattr(when, "total_seconds"):
+        return later(_now(timers), nanoseconds(when.total_seconds(), True))
+    target = nanoseconds(when, True)
+    if timers.time_func is not None or target == INT64_MAX or target == INT64_MIN:
+        return target
+    return later(target, -_wall_offset(timers))
+
+
+cdef int64_t _delay(_Timers timers, object seconds) except? -1:
+    cdef int64_t delay = nanoseconds(seconds, True)
+    return later(_now(timers), delay)
+
+
+cdef double _clock_time(_Timers timers, int64_t deadline) except? -1:
+    """The reverse."""
+    if deadline == INT64_MAX:
+        return float("inf")
+    if timers.time_func is None:
+        deadline = later(deadline, _wall_offset(timers))
+    return <double>deadline / SECOND
+
+
+cdef int64_t _wall_offset(_Timers timers) noexcept:
+    """How far the wall clock is ahead of the monotonic one.
+
+    The same as before unless the clock was set, so that equal deadlines stay equal.
+    """
+    cdef int64_t wall = _read_clock(CLOCK_REALTIME)
+    cdef int64_t offset = wall - monotonic()
+    if not _is_near(offset, timers.wall_offset):
+        offset = _measure_offset()  # as it is, if there was a pause in between
+        if not _is_near(offset, timers.wall_offset):
+            timers.wall_offset = offset
+    return timers.wall_offset
+
+
+cdef inline bint _is_near(int64_t offset, int64_t other) noexcept:
+    return -CLOCK_IS_SET < offset - other < CLOCK_IS_SET
+
+
+cdef int64_t _measure_offset() noexcept:
+    """The offset, from the quickest of some samples; too small rather than too big,
+    which makes a deadline later."""
+    cdef int64_t before, wall, after, offset = 0, shortest = INT64_MAX
+    cdef int samples = 5
+    while samples:
+        samples -= 1
+        before = monotonic()
+        wall = _read_clock(CLOCK_REALTIME)
+        after = monotonic()
+        if after - before < shortest:
+            shortest, offset = after - before, wall - after
+    return offset
+
+
+# Adding and removing
+
+ctypedef int64_t (*_clock_function)(_Timers timers, object when) except? -1
+
+
+cdef inline _Timeout _time_call(IOLoop loop, object when, _clock_function clock,
+                                object callback, object args, dict kwargs):
+    cdef int64_t deadline
+    _check_thread(loop)
+    require_callable(callback)
+    deadline = clock(loop.timers, when)
+    _check_thread(loop)  # a hostile __float__ or time_func may have closed it
+    return _new_timeout(loop.timers, deadline,
+                        make_call(callback, args, kwargs, capture_context()))
+
+
+cdef inline _Timeout _new_timeout(_Timers timers, int64_t deadline, object call):
+    cdef _Timeout timeout = _Timeout.__new__(_Timeout)
+    _arm(timers, timeout, deadline, call)
+    return timeout
+
+
+cdef int _arm(_Timers timers, _Timeout timeout, int64_t deadline,
+              object call) except -1:
+    """Put a dead timeout into the heap, or aside if this pass is not its."""
+    cdef _Entry entry
+    while timers.spares == 0:
+        _resize_timers(timers, timers.room + timers.room // 2 + 64)
+    # From here on nothing can run that would use up what is spare.
+    timers.spares -= 1
+    timeout.slot = timers.spare[timers.spares]
+    put(timers.calls, timeout.slot, call)
+    timeout.timers = <PyObject *>timers
+    timeout.stamp = timers.added
+    timers.added += 1
+    entry.deadline, entry.timeout = deadline, <PyObject *>timeout
+    Py_INCREF(timeout)
+    if timers.passing and deadline <= timers.pass_time:
+        timers.lates += 1
+        _place(timers.heap, timers.room - timers.lates, entry)
+    else:
+        timers.count += 1
+        _sift_up(timers.heap, timers.count - 1, entry)
+    return 0
+
+
+cdef void _add_late(_Timers timers) noexcept:
+    """After the pass: what it was not to run."""
+    cdef _Entry entry
+    while timers.lates:
+        entry = timers.heap[timers.room - timers.lates]
+        timers.lates -= 1
+        timers.count += 1
+        _sift_up(timers.heap, timers.count - 1, entry)
+
+
+cdef int _cancel(_Timeout timeout) except -1:
+    """Remove a timeout and drop what it refers to, unless it is dead."""
+    cdef _Timers timers
+    if timeout.timers == NULL:
+        return 0
+    timers = <_Timers>timeout.timers
+    if timers.calls is None:
+        return 0  # the garbage collector has been here
+    _extract(timers, timeout.index)
+    _release(timers, timeout)
+    if timers.room > SPACIOUS and timers.room - timers.spares < timers.room // 4:
+        try:
+            _resize_timers(timers, timers.room // 2)
+        except MemoryError:
+            pass  # it is cancelled all the same
+    return 0
+
+
+cdef inline object _release(_Timers timers, _Timeout timeout):
+    """Free the slot of a timeout that has left the heap; return the call."""
+    timeout.timers = NULL
+    timers.spare[timers.spares] = timeout.slot
+    timers.spares += 1
+    return take(timers.calls, timeout.slot)
+
+
+cdef int _resize_timers(_Timers timers, Py_ssize_t room) except -1:
+    """Change the room, to what the timeouts need at least."""
+    # The allocation may collect garbage, and that may add and cancel timeouts.
+    cdef list calls = [None] * room, old
+    cdef _Entry *heap = <_Entry *>malloc(room * sizeof(_Entry))
+    cdef int *spare = <int *>malloc(room * sizeof(int))
+    cdef Py_ssize_t used = 0, i
+    if heap == NULL or spare == NULL or timers.room - timers.spares > room:
+        free(heap)
+        free(spare)
+        if heap == NULL or spare == NULL:
+            raise MemoryError
+        return 0
+    old = timers.calls
+    for i in range(timers.count):
+        heap[i] = timers.heap[i]
+        used = _move_call(<_Timeout>heap[i].timeout, old, calls, used)
+    for i in range(1, timers.lates + 1):
+        _place(heap, room - i, timers.heap[timers.room - i])
+        used = _move_call(<_Timeout>heap[room - i].timeout, old, calls, used)
+    for i in range(used, room):
+        spare[room - 1 - i] = <int>i
+    free(timers.heap)
+    free(timers.spare)
+    timers.heap, timers.spare, timers.calls = heap, spare, calls
+    timers.room, timers.spares = room, room - used
+    return 0
+
+
+cdef inline Py_ssize_t _move_call(_Timeout timeout, list old, list new,
+                                  Py_ssize_t slot) noexcept:
+    put(new, slot, take(old, timeout.slot))
+    timeout.slot = <int>slot
+    return slot + 1
+
+
+cdef int _clear_timers(_Timers timers) except -1:
+    cdef _Timeout timeout
+    timers.closed = True
+    _add_late(timers)
+    while timers.count:
+        timeout = <_Timeout>timers.heap[timers.count - 1].timeout
+        _cancel(timeout)
+    return 0
+
+
+# The heap itself.  `_sift_*` put an entry, for which `index` is free, in its place.
+
+cdef _Timeout _extract(_Timers timers, Py_ssize_t index):
+    """Take a timeout out of the heap; its slot is still its own."""
+    cdef _Timeout timeout = <_Timeout>timers.heap[index].timeout
+    cdef _Entry last
+    Py_DECREF(timeout)
+    timeout.stamp = timers.heap[index].deadline
+    if index >= timers.count:  # a late one
+        _place(timers.heap, index, timers.heap[timers.room - timers.lates])
+        timers.lates -= 1
+        return timeout
+    timers.count -= 1
+    if index != timers.count:
+        last = timers.heap[timers.count]
+        if index and _precedes(&last, &timers.heap[(index - 1) >> 2]):
+            _sift_up(timers.heap, index, last)
+        else:
+            _sift_down(timers.heap, timers.count, index, last)
+    return timeout
+
+
+cdef inline bint _precedes(_Entry *one, _Entry *other) noexcept:
+    if one.deadline != other.deadline:
+        return one.deadline < other.deadline
+    return (<_Timeout>one.timeout).stamp < (<_Timeout>other.timeout).stamp
+
+
+cdef inline void _place(_Entry *heap, Py_ssize_t index, _Entry entry) noexcept:
+    heap[index] = entry
+    (<_Timeout>entry.timeout).index = <int>index
+
+
+cdef void _sift_up(_Entry *heap, Py_ssize_t index, _Entry entry) noexcept:
+    cdef Py_ssize_t parent
+    while index > 0:
+        parent = (index - 1) >> 2
+        if not _precedes(&entry, &heap[parent]):
+            break
+        _place(heap, index, heap[parent])
+        index = parent
+    _place(heap, index, entry)
+
+
+cdef void _sift_down(_Entry *heap, Py_ssize_t count, Py_ssize_t index,
+                     _Entry entry) noexcept:
+    cdef Py_ssize_t child = 4 * index + 1, best, sibling
+    while child < count:
+        best = child
+        for sibling in range(child + 1, min(child + 4, count)):
+            if _precedes(&heap[sibling], &heap[best]):
+                best = sibling
+        if _precedes(&entry, &heap[best]):
+            break
+        _place(heap, index, heap[best])
+        index = best
+        child = 4 * index + 1
+    _place(heap, index, entry)
+
+
+# -- PeriodicCallback ----------------------------------------------------------
+
+cdef class PeriodicCallback(_Referable):
+    """PeriodicCallback(callback, callback_time, io_loop=None, jitter=0)
+
+    Call `callback()` every `callback_time` milliseconds (or `timedelta`).
+
+    The first call is one period after `start()`, later ones a whole number of
+    periods after the first: the period does not drift, and what a slow callback
+    missed is left out.  A callback that returns a coroutine or a future is not
+    called again before that is done.  `jitter` is the fraction of the period
+    by which it varies at random.  Raises ValueError for a period that is not
+    positive.  Loop thread only.  Source: Tornado.
+    """
+
+    cdef dict __dict__
+    cdef readonly object callback
+    cdef readonly double callback_time      # milliseconds
+    cdef readonly double jitter             # a fraction
+    cdef readonly IOLoop io_loop
+    cdef _Timeout timeout                   # the next tick
+    cdef bint on
+    cdef int64_t due                        # when that is, or last was
+
+    def __init__(self, callback, callback_time, io_loop=None, jitter=0):
+        require_callable(callback)
+        if hasattr(callback_time, "total_seconds"):
+            callback_time = callback_time.total_seconds() * 1e3
+        if not callback_time > 0 or nanoseconds(callback_time / 1e3, True) < 1:
+            raise ValueError(f"a period must be positive, not {callback_time!r}")
+        if not 0 <= jitter <= 2:
+            raise ValueError(f"jitter is a fraction of the period, not {jitter!r}")
+        self.callback = callback
+        self.callback_time = callback_time
+        self.jitter = jitter
+        self.io_loop = IOLoop.current() if io_loop is None else io_loop
+
+    def start(self):
+        """Start calling; nothing if it has been started.
+
+        Raises RuntimeError from the wrong thread or for a closed loop.
+        """
+        if self.io_loop is None:
+            raise RuntimeError("PeriodicCallback is not initialised")
+        _check_thread(self.io_loop)
+        if not self.on:
+            self.due = _now(self.io_loop.timers)
+            _schedule(self, later(self.due, _period(self)))
+            self.on = True
+
+    def stop(self):
+        """Stop calling; `start()` starts anew."""
+        if self.on and self.timeout is not None:
+            self.timeout.cancel()
+        self.on = False
+        self.timeout = None
+
+    def is_running(self):
+        """Tell whether `start()` has been called, and `stop()` not since."""
+        return self.on
+
+    def _tick(self):
+        """Call the callback, and set the next tick when it is done."""
+        future = None
+        self.timeout = None
+        try:
+            future = _as_future(self.io_loop, self.callback())
+            if future is not None:
+                future.add_done_callback(
+                    _Relay(self.io_loop, self._done, capture_context()))
+        except Exception:
+            future = None
+            _report(self.io_loop, self.callback)
+        finally:
+            if future is None:
+                _next_tick(self)
+
+    def _done(self, future):
+        _Outcome(self.io_loop, self.callback)(future)
+        _next_tick(self)
+
+
+cdef int64_t _period(PeriodicCallback periodic) except -1:
+    """The next period in nanoseconds."""
+    cdef double seconds = periodic.callback_time / 1e3
+    if periodic.jitter:
+        import random
+        seconds *= 1 + periodic.jitter * (random.random() - 0.5)
+    return max(1, nanoseconds(seconds, True))
+
+
+cdef int _schedule(PeriodicCallback periodic, int64_t due) except -1:
+    periodic.timeout = _new_timeout(
+        periodic.io_loop.timers, due,
+        make_call(periodic._tick, None, None, capture_context()))
+    periodic.due = due
+    return 0
+
+
+cdef int _next_tick(PeriodicCallback periodic) except -1:
+    """Set the first tick that is still to come, however many were missed."""
+    cdef int64_t now, period, due = periodic.due
+    if not periodic.on or periodic.timeout is not None or not periodic.io_loop.opened:
+        return 0
+    now, period = _now(periodic.io_loop.timers), _period(periodic)
+    if now > due:
+        due = later(due, (now - due) // period * period)
+    return _schedule(periodic, later(due, period))
+
+
+# -- Handlers ------------------------------------------------------------------
+#
+# What the loop knows of a file descriptor is in two tables, indexed by it: the
+# numbers that decide about an event in an array of slots, the Python objects in
+# a list.  Each registration has a generation, which the poller gives back with
+# its events: an event is for that registration or for nobody.
+
+cdef struct _Identity:          # of an open file
+    unsigned long device, inode
+
+cdef struct _Slot:
+    uint32_t generation         # 0: no registration
+    uint32_t events             # 0: not known to the poller
+    uint32_t ended              # the batch in which the last registration ended
+    ioloop_handler_v1 function  # of the C-level door, or NULL
+    void *arg
+
+
+@cython.final
+@cython.internal
+cdef class _Handler:
+    """What add_handler was given; `callback` is the owner of a C-level one."""
+
+    cdef object file, callback, context
+    cdef _Identity resting      # what the fd was when its poller was told to drop it
+
+    def __cinit__(self, file, callback, context):
+        self.file, self.callback, self.context = file, callback, context
+
+
+@cython.final
+@cython.internal
+cdef class _Table:
+    """The registrations by file descriptor."""
+
+    cdef _Slot *slots
+    cdef list handlers          # of _Handler or None
+    cdef Py_ssize_t size, count
+    cdef uint32_t generation    # the last one given
+    cdef uint32_t batch         # number of the poll whose events are delivered
+
+    def __cinit__(self):
+        self.handlers = []
+        self.batch = 1
+
+    def __dealloc__(self):
+        free(self.slots)
+
+
+cdef inline _Slot *_slot(_Table table, int fd) noexcept:
+    """The slot of a registered fd, or NULL."""
+    if 0 <= fd < table.size and table.slots[fd].generation != 0:
+        return &table.slots[fd]
+    return NULL
+
+
+cdef int _add_handler(IOLoop loop, int fd, uint32_t events,
+                      ioloop_handler_v1 function, void *arg,
+                      _Handler handler) except -1:
+    cdef _Table table = loop.table
+    cdef _Slot *slot = _slot(table, fd)
+    cdef uint32_t generation = table.generation + 1 or 1
+    cdef bint replaced = slot != NULL
+    if slot != NULL and not _has_lost(loop, fd, slot):
+        raise FileExistsError(EEXIST, f"fd {fd} has a handler already")
+    try:
+        loop.poller.add(fd, events, generation)
+        if not events:
+            _rest(loop, fd, handler)
+        _reserve(table, fd + 1)
+    except BaseException:
+        if not loop.poller.foreign:
+            loop.poller.drop(fd)
+        raise
+    if _slot(table, fd) == NULL:
+        table.count += 1
+    elif not replaced:
+        # By a destructor, while the tables grew: the poller knows that one now.
+        raise FileExistsError(EEXIST, f"fd {fd} has a handler already")
+    table.generation = generation
+    slot = &table.slots[fd]
+    slot.ended = table.batch
+    slot.generation, slot.events = generation, events
+    slot.function, slot.arg = function, arg
+    table.handlers[fd] = handler
+    return 0
+
+
+cdef int _update_handler(IOLoop loop, int fd, uint32_t events) except -1:
+    cdef _Slot *slot = _slot(loop.table, fd)
+    if slot == NULL or fd == loop.queue.door.reader:
+        raise FileNotFoundError(ENOENT, f"fd {fd} has no handler")
+    if not events:
+        if slot.events:
+            _rest(loop, fd, <_Handler>peek(loop.table.handlers, fd))
+    elif slot.events:
+        loop.poller.modify_(fd, events, slot.generation)
+    else:
+        loop.poller.add(fd, events, slot.generation)
+    slot = _slot(loop.table, fd)  # a Python poller may have done anything
+    if slot != NULL:
+        slot.events = events
+    return 0
+
+
+cdef int _rest(IOLoop loop, int fd, _Handler handler) except -1:
+    """An fd that waits for nothing leaves the poller: a hang-up can't be masked."""
+    identify(fd, &handler.resting)
+    return loop.poller.drop(fd)
+
+
+cdef bint _has_lost(IOLoop loop, int fd, _Slot *slot) except -1:
+    """Tell whether a registered fd was closed, and its number used again."""
+    cdef _Identity now, then = (<_Handler>peek(loop.table.handlers, fd)).resting
+    if slot.function == _on_doorbell:
+        return False
+    if slot.events:
+        return loop.poller.has_lost(fd)
+    identify(fd, &now)
+    return not is_same_file(&now, &then)
+
+
+cdef int _remove_handler(IOLoop loop, int fd) except -1:
+    cdef _Table table = loop.table
+    cdef _Slot *slot = _slot(table, fd)
+    if slot == NULL:
+        return 0
+    if slot.events:
+        loop.poller.drop(fd)
+    slot.generation = slot.events = 0
+    slot.ended = table.batch
+    table.count -= 1
+    table.handlers[fd] = None
+    return 0
+
+
+cdef int _reserve(_Table table, Py_ssize_t size) except -1:
+    """Make the tables that long, at least."""
+    cdef list more
+    cdef void *slots
+    cdef Py_ssize_t room
+    while table.size < size:
+        more = [None] * (max(size, 2 * table.size, 32) - table.size)
+        # That may have collected garbage, and that added handlers: count from here.
+        room = table.size + len(more)
+        slots = realloc(table.slots, room * sizeof(_Slot))
+        if slots == NULL:
+            raise MemoryError
+        table.slots = <_Slot *>slots
+        memset(&table.slots[table.size], 0, len(more) * sizeof(_Slot))
+        table.handlers.extend(more)
+        table.size = room
+    return 0
+
+
+cdef int _clear_table(_Table table) except -1:
+    table.size = table.count = 0
+    table.handlers.clear()
+    return 0
+
+
+cdef list _registrations(IOLoop loop):
+    """Pairs of fd and _Handler, without the doorbell."""
+    return [(fd, handler) for fd, handler in enumerate(loop.table.handlers)
+            if handler is not None and fd != loop.queue.door.reader]
+
+
+cdef list _registered_files(IOLoop loop):
+    return [(<_Handler>handler).file for _, handler in _registrations(loop)]
+
+
+cdef int _close_file(object file) except -1:
+    if isinstance(file, int):
+        if close(fd_number(file)) == -1 and errno != EBADF:
+            PyErr_SetFromErrno(OSError)
+        return 0
+    try:
+        file.close()
+    except OSError as error:
+        if error.errno != EBADF:
+            raise
+    return 0
+
+
+cdef int _registered_number(_Table table, object file) except -2:
+    """The fd that `file` is registered as, or -1; also when it is closed."""
+    cdef _Handler handler
+    cdef int number = -1
+    try:
+        number = fd_number(file)
+        if _slot(table, number) != NULL:
+            return number
+    except ValueError:
+        pass  # what a closed file's fileno() raises, or a closed socket's -1 does
+    if not isinstance(file, int):
+        for number, handler in enumerate(table.handlers):
+            if handler is not None and handler.file is file:
+                return number
+    return -1
+
+
+cdef int _keep_events(IOLoop loop, int first, int n) except -1:
+    """Keep what is not delivered yet and the poller would not report again."""
+    cdef _Poller poller = loop.poller
+    cdef _Slot *slot
+    cdef int i
+    poller.kept = 0
+    for i in range(first, n):
+        slot = _slot(loop.table, poller.ready[i].fd)
+        if slot != NULL and (poller.foreign or slot.events & (EDGE | ONESHOT)):
+            poller.ready[poller.kept] = poller.ready[i]
+            poller.kept += 1
+    return 0
+
+
+# An epoll set may hold what has no registration: an fd was closed before it was
+# removed, while a duplicate of it lives on.  Nothing can remove it but a new set.
+
+cdef enum:
+    BATCHES_PER_LOOK = 64       # one fd in so many batches is looked at
+
+
+cdef int _look_after(IOLoop loop, int n) except -1:
+    """Now and then, see whether an fd that has events is still open."""
+    cdef int fd
+    if loop.table.batch % BATCHES_PER_LOOK == 0:
+        fd = loop.poller.ready[(loop.table.batch // BATCHES_PER_LOOK) % n].fd
+        if fcntl(fd, F_GETFD) == -1 and _slot(loop.table, fd) != NULL:
+            _renew_poller(loop)
+    return 0
+
+
+cdef int _renew_poller(IOLoop loop) except -1:
+    """Build the poller's set anew, at most ten times a second."""
+    cdef int64_t now = monotonic()
+    if loop.poller.foreign or (loop.renewed and now - loop.renewed < SECOND // 10):
+        return 0
+    loop.renewed = now
+    try:
+        loop.poller.renew(loop.table)
+    except OSError:
+        return 0  # the old set is as it was, and has one more event to tell
+    _log().warning("a file descriptor was closed before remove_handler() while a "
+                   "duplicate of it is open; the poller was rebuilt without it")
+    return 0
+
+
+# -- Pollers -------------------------------------------------------------------
+#
+# The contract, the same methods in the same order:
+#
+#   leave     in a forked child: let go of the set, which is the parent's
+#   renew     start over with a set of what is registered; else raise and keep the old
+#   add       watch an fd for events, and remember its generation
+#   modify_   watch it for other events
+#   drop      do not watch it; never fails
+#   has_lost  tell whether the kernel forgot an fd that was added: it was closed
+#   wait      fill `ready` with events, each with the generation of its fd, and
+#             return how many; ns is 0 (it keeps the GIL), a time or FOREVER; a
+#             signal means 0 events and `interrupted`
+#   close     free the set; the second time does nothing
+#
+# Events are READ, WRITE, ERROR and whatever bits the kernel knows besides.
+
+cdef struct _Ready:
+    int fd
+    uint32_t events
+    uint32_t generation
+
+
+cdef class _Poller(_Referable):
+    """What the pollers share: the array of events, and Python's view of them."""
+
+    cdef dict __dict__
+    cdef _Ready *ready
+    cdef int room               # in it
+    cdef int kept               # events at its start not delivered yet
+    cdef bint foreign           # a Python object's
+    cdef bint interrupted       # the last wait was, by a signal
+    cdef bint maskable          # the kernel can unblock signals while it waits,
+    cdef bint masked            # it is to do so,
+    cdef sigset_t mask          # and block only these
+    cdef int handle             # the kernel's, or -1
+
+    def __cinit__(self, *args):
+        self.handle = -1
+        self.room = 256
+        self.ready = <_Ready *>malloc(self.room * sizeof(_Ready))
+        if self.ready == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        free(self.ready)
+        if self.handle >= 0:
+            close(self.handle)
+
+    def register(self, fd, events):
+        """Watch `fd` for `events`."""
+        self.add(fd_number(fd), event_mask(events), 0)
+
+    def modify(self, fd, events):
+        """Watch `fd` for other events."""
+        self.modify_(fd_number(fd), event_mask(events), 0)
+
+    def unregister(self, fd):
+        """Do not watch `fd` any more."""
+        self.drop(fd_number(fd))
+
+    def poll(self, timeout=-1):
+        """Return a list of (fd, events), after `timeout` seconds at the latest.
+
+        A negative timeout waits for ever.
+        """
+        cdef int64_t ns = FOREVER
+        cdef int n
+        if timeout is not None and timeout >= 0:
+            ns = nanoseconds(timeout, True)
+        n = self.wait(ns)
+        PyErr_CheckSignals()
+        return [(self.ready[i].fd, self.ready[i].events) for i in range(n)]
+
+    def fileno(self):
+        """Return the poller's own file descriptor."""
+        if self.handle < 0:
+            raise ValueError("the poller is closed")
+        return self.handle
+
+    def close(self):
+        """Close the poller; nothing the second time."""
+        if self.handle >= 0:
+            close(self.handle)
+        self.handle = -1
+
+    cdef int leave(self) except -1:
+        self.close()
+        return 0
+
+    cdef int renew(self, _Table table) except -1:
+        raise NotImplementedError
+
+    cdef int add(self, int fd, uint32_t events, uint32_t generation) except -1:
+        raise NotImplementedError
+
+    cdef int modify_(self, int fd, uint32_t events, uint32_t generation) except -1:
+        raise NotImplementedError
+
+    cdef int drop(self, int fd) except -1:
+        raise NotImplementedError
+
+    cdef bint has_lost(self, int fd) except -1:
+        raise NotImplementedError
+
+    cdef int wait(self, int64_t ns) except -1:
+        raise NotImplementedError
+
+
+cdef int _widen(_Poller poller) except -1:
+    """Make room for twice as many events."""
+    cdef void *ready = realloc(poller.ready, 2 * poller.room * sizeof(_Ready))
+    if ready == NULL:
+        raise MemoryError
+    poller.ready, poller.room = <_Ready *>ready, 2 * poller.room
+    return 0
+
+
+cdef inline int _note(_Poller poller, int n, int fd, uint32_t events,
+                      uint32_t generation) except -1:
+    """Put the n-th event into the array; return n + 1."""
+    if n == poller.room:
+        _widen(poller)
+    poller.ready[n].fd = fd
+    poller.ready[n].events = events
+    poller.ready[n].generation = generation
+    return n + 1
+
+
+cdef int _fill(_Poller poller, _Table table) except -1:
+    """Add all that is registered."""
+    cdef _Slot *slot
+    cdef int fd
+    for fd in range(<int>table.size):
+        slot = &table.slots[fd]
+        if slot.generation and slot.events and fd != poller.handle:
+            try:
+                poller.add(fd, slot.events, slot.generation)
+            except OSError as error:
+                if error.errno not in (EBADF, EPERM):
+                    raise
+                # It was closed: as if the kernel had dropped it.
+    return 0
+
+
+cdef inline timespec as_timespec(int64_t ns) noexcept nogil:
+    cdef timespec t
+    t.tv_sec, t.tv_nsec = ns // SECOND, ns % SECOND
+    return t
+
+
+cdef int identify(int fd, _Identity *identity) except -1:
+    """Which open file `fd` is; a regular one is refused, as epoll does."""
+    cdef struct_stat status
+    check(fstat(fd, &status))
+    if S_ISREG(status.st_mode) or S_ISDIR(status.st_mode):
+        raise not_pollable(fd)
+    identity.device, identity.inode = status.st_dev, status.st_ino
+    return 0
+
+
+cdef inline bint is_same_file(_Identity *one, _Identity *other) noexcept:
+    return one.device == other.device and one.inode == other.inode
+
+
+cdef object not_pollable(int fd):
+    return PermissionError(
+        EPERM, f"fd {fd} can't be polled: a regular file or directory is always "
+        "ready; use it from a callback, or from a thread")
+
+
+# Facts about epoll
+#
+# - What is registered is the open file description behind the fd.  The kernel
+#   drops it when the last duplicate is closed, not when the fd is: hence ENOENT
+#   and EEXIST where the fd's number is used again, and events for an fd that is
+#   closed.  The 64 bits of data that come back tell which registration it was.
+# - ERR and HUP are always reported, even if nothing is asked for.
+# - Regular files get EPERM.
+# - epoll_wait counts in milliseconds.  epoll_pwait2 (5.11) in nanoseconds, but a
+#   seccomp filter may refuse it with EPERM, as an old kernel does with ENOSYS.
+# - The kernel may sleep 0.1 % longer than asked (timer slack): long sleeps are
+#   cut short by as much and the rest is slept in a second poll.
+
+cdef class _EPoll(_Poller):
+    """The poller on Linux's epoll."""
+
+    cdef epoll_event *buffer
+    cdef int buffer_room
+    cdef bint coarse            # there is no epoll_pwait2
+
+    def __cinit__(self, *args):
+        self.buffer_room = 256
+        self.buffer = <epoll_event *>malloc(self.buffer_room * sizeof(epoll_event))
+        if self.buffer == NULL:
+            raise MemoryError
+        self.handle = above_stdio(check(epoll_create1(EPOLL_CLOEXEC)))
+        self.maskable = True
+
+    def __dealloc__(self):
+        free(self.buffer)
+
+    cdef int renew(self, _Table table) except -1:
+        cdef int old = self.handle
+        self.handle = above_stdio(check(epoll_create1(EPOLL_CLOEXEC)))
+        try:
+            _fill(self, table)
+            if old >= 0:
+                # The number stays: it may be watched by another loop.
+                check(dup3(self.handle, old, O_CLOEXEC))
+        except BaseException:
+            close(self.handle)
+            self.handle = old
+            raise
+        if old >= 0:
+            close(self.handle)
+            self.handle = old
+        return 0
+
+    cdef int add(self, int fd, uint32_t events, uint32_t generation) except -1:
+        if _control(self.handle, EPOLL_CTL_ADD, fd, events, generation) == -1:
+            if errno == EPERM:
+                raise not_pollable(fd)
+            if errno != EEXIST:
+                PyErr_SetFromErrno(OSError)
+            check(_control(self.handle, EPOLL_CTL_MOD, fd, events, generation))
+        return 0
+
+    cdef int modify_(self, int fd, uint32_t events, uint32_t generation) except -1:
+        if _control(self.handle, EPOLL_CTL_MOD, fd, events, generation) == -1:
+            if errno != ENOENT:
+                PyErr_SetFromErrno(OSError)
+            check(_control(self.handle, EPOLL_CTL_ADD, fd, events, generation))
+        return 0
+
+    cdef int drop(self, int fd) except -1:
+        _control(self.handle, EPOLL_CTL_DEL, fd, 0, 0)
+        return 0
+
+    cdef bint has_lost(self, int fd) except -1:
+        # Only the kernel knows: it lets an fd in only if it has it not.
+        if _control(self.handle, EPOLL_CTL_ADD, fd, 0, 0) == -1:
+            if errno == EEXIST:
+                return False
+            PyErr_SetFromErrno(OSError)
+        return True
+
+    cdef int wait(self, int64_t ns) except -1:
+        cdef epoll_event *event
+        cdef int i, count, n = 0
+        if self.handle < 0:
+            raise ValueError("the poller is closed")
+        count = _wait_epoll(self, ns)
+        self.interrupted = count == -1 and errno == EINTR
+        if self.interrupted:
+            return 0
+        check(count)
+        for i in range(count):
+            event = &self.buffer[i]
+            n = _note(self, n, <int><uint32_t>event.data.u64, event.events,
+                      <uint32_t>(event.data.u64 >> 32))
+        if count == self.buffer_room:
+            _widen_buffer(self)
+        return n
+
+
+cdef inline int _control(int epoll, int op, int fd, uint32_t events,
+                         uint32_t generation) noexcept nogil:
+    cdef epoll_event event
+    memset(&event, 0, sizeof(event))
+    event.events = events
+    event.data.u64 = <uint64_t>generation << 32 | <uint32_t>fd
+    return epoll_ctl(epoll, op, fd, &event)
+
+
+cdef int _wait_epoll(_EPoll poller, int64_t ns) noexcept:
+    """epoll_wait, in nanoseconds; the GIL is released unless ns is 0."""
+    cdef int room = poller.buffer_room, count = -1
+    cdef const sigset_t *mask = &poller.mask if poller.masked else NULL
+    cdef timespec timeout
+    if ns == 0:
+        return epoll_wait(poller.handle, poller.buffer, room, 0)
+    with nogil:
+        if ns == FOREVER:
+            return epoll_pwait(poller.handle, poller.buffer, room, -1, mask)
+        if ns > SECOND // 20:
+            ns -= ns // 1000
+        if not poller.coarse:
+            timeout = as_timespec(ns)
+            count = epoll_pwait2(poller.handle, poller.buffer, room, &timeout, mask)
+            if count >= 0 or (errno != ENOSYS and errno != EPERM):
+                return count
+            poller.coarse = True
+        ns = min(ns, 1000000 * <int64_t>(INT_MAX - 1))
+        return epoll_pwait(poller.handle, poller.buffer, room,
+                           <int>((ns + 999999) // 1000000), mask)
+
+
+cdef int _widen_buffer(_EPoll poller) except -1:
+    cdef void *buffer = realloc(
+        poller.buffer, 2 * poller.buffer_room * sizeof(epoll_event))
+    if buffer == NULL:
+        return 0  # the rest of the events comes with the next poll
+    poller.buffer, poller.buffer_room = <epoll_event *>buffer, 2 * poller.buffer_room
+    return 0
+
+
+# Facts about kqueue
+#
+# - READ and WRITE are two filters with an event each, merged here.  A filter is
+#   added or deleted by a change; one change a call, since a failing one may leave
+#   those behind it undone.
+# - EV_EOF on the READ filter comes with data still unread: it is READ, and the
+#   end is where read() says so.  On the WRITE filter it is a refused connection
+#   or a reader that has gone: ERROR, and nothing can be written.
+# - The kernel drops the filters of an fd that is closed: deleting one answers
+#   ENOENT, enabling one too, which tells that it was lost.
+# - A kqueue is not inherited by a forked child.
+# - Regular files are accepted and always ready; refused here, as by epoll.
+
+cdef class _KQueue(_Poller):
+    """The poller on BSD's and macOS's kqueue."""
+
+    cdef kevent_t *buffer
+    cdef int buffer_room
+    cdef dict watched           # fd: its events
+    cdef int *position          # by fd: its event in `ready`, if that is of this fd
+    cdef int positions
+
+    def __cinit__(self, *args):
+        self.watched = {}
+        self.buffer_room = 256
+        self.buffer = <kevent_t *>malloc(self.buffer_room * sizeof(kevent_t))
+        if self.buffer == NULL:
+            raise MemoryError
+        _open_kqueue(self)
+
+    def __dealloc__(self):
+        free(self.buffer)
+        free(self.position)
+
+    cdef int leave(self) except -1:
+        self.handle = -1  # not inherited: the number may be somebody else's
+        return 0
+
+    cdef int renew(self, _Table table) except -1:
+        cdef int old = self.handle
+        cdef dict watched = self.watched
+        _open_kqueue(self)
+        self.watched = {}
+        try:
+            _fill(self, table)
+        except BaseException:
+            close(self.handle)
+            self.handle, self.watched = old, watched
+            raise
+        if old >= 0:
+            close(old)
+        return 0
+
+    cdef int add(self, int fd, uint32_t events, uint32_t generation) except -1:
+        cdef _Identity identity
+        identify(fd, &identity)
+        return self.modify_(fd, events, generation)
+
+    cdef int modify_(self, int fd, uint32_t events, uint32_t generation) except -1:
+        check(fcntl(fd, F_GETFD))
+        _make_positions(self, fd + 1)
+        _set_filters(self, fd, events, generation, self.watched.get(fd, 0))
+        self.watched[fd] = events
+        return 0
+
+    cdef int drop(self, int fd) except -1:
+        cdef uint32_t events = self.watched.pop(fd, 0)
+        if events & READ:
+            _change(self.handle, fd, EVFILT_READ, EV_DELETE, 0)
+        if events & WRITE:
+            _change(self.handle, fd, EVFILT_WRITE, EV_DELETE, 0)
+        return 0
+
+    cdef bint has_lost(self, int fd) except -1:
+        cdef uint32_t events = self.watched.get(fd, 0)
+        cdef short which = EVFILT_READ if events & READ else EVFILT_WRITE
+        if not events & (READ | WRITE):
+            return False
+        return _change(self.handle, fd, which, EV_ENABLE, 0) == -1 and errno == ENOENT
+
+    cdef int wait(self, int64_t ns) except -1:
+        cdef int i, count, n = 0
+        if self.handle < 0:
+            raise ValueError("the poller is closed")
+        count = _wait_kqueue(self, ns)
+        self.interrupted = count == -1 and errno == EINTR
+        if self.interrupted:
+            return 0
+        check(count)
+        for i in range(count):
+            n = _note_kevent(self, n, &self.buffer[i])
+        return n
+
+
+cdef int _open_kqueue(_KQueue poller) except -1:
+    cdef int handle = above_stdio(check(kqueue()))
+    check(fcntl(handle, F_SETFD, FD_CLOEXEC))
+    poller.handle = handle
+    return 0
+
+
+cdef int _set_filters(_KQueue poller, int fd, uint32_t events, uint32_t generation,
+                      uint32_t old) except -1:
+    """Add the filters of `events`, delete those of `old` that are not in it."""
+    if events & READ:
+        check(_change(poller.handle, fd, EVFILT_READ, EV_ADD, generation))
+    if events & WRITE and _change(
+            poller.handle, fd, EVFILT_WRITE, EV_ADD, generation) == -1:
+        try:
+            PyErr_SetFromErrno(OSError)
+        finally:
+            if events & ~old & READ:
+                _change(poller.handle, fd, EVFILT_READ, EV_DELETE, 0)
+    if old & ~events & READ:
+        _change(poller.handle, fd, EVFILT_READ, EV_DELETE, 0)
+    if old & ~events & WRITE:
+        _change(poller.handle, fd, EVFILT_WRITE, EV_DELETE, 0)
+    return 0
+
+
+cdef int _change(int kq, int fd, short which, unsigned short flags,
+                 uint32_t generation) noexcept nogil:
+    cdef kevent_t change
+    cdef int rc
+    memset(&change, 0, sizeof(change))
+    change.ident, change.filter, change.flags = fd, which, flags
+    change.udata = <void *><uintptr_t>generation
+    rc = kevent(kq, &change, 1, NULL, 0, NULL)
+    while rc == -1 and errno == EINTR:  # the change was made all the same
+        rc = kevent(kq, &change, 1, NULL, 0, NULL)
+    return rc
+
+
+cdef int _wait_kqueue(_KQueue poller, int64_t ns) noexcept:
+    cdef timespec timeout = as_timespec(max(ns, 0))
+    cdef timespec *limit = NULL if ns == FOREVER else &timeout
+    if ns == 0:
+        return kevent(poller.handle, NULL, 0, poller.buffer, poller.buffer_room, limit)
+    with nogil:
+        return kevent(poller.handle, NULL, 0, poller.buffer, poller.buffer_room, limit)
+
+
+cdef int _note_kevent(_KQueue poller, int n, kevent_t *event) except -1:
+    cdef int fd = <int>event.ident
+    cdef uint32_t generation = <uint32_t><uintptr_t>event.udata
+    cdef uint32_t events = READ if event.filter == EVFILT_READ else WRITE
+    cdef int i
+    if event.flags & EV_ERROR or (event.flags & EV_EOF and events == WRITE):
+        events = ERROR
+    i = poller.position[fd]
+    if i < n and poller.ready[i].fd == fd and poller.ready[i].generation == generation:
+        poller.ready[i].events |= events
+        return n
+    poller.position[fd] = n
+    return _note(poller, n, fd, events, generation)
+
+
+cdef int _make_positions(_KQueue poller, int count) except -1:
+    cdef int *position
+    if count > poller.positions:
+        count = max(count, 2 * poller.positions, 64)
+        position = <int *>realloc(poller.position, count * sizeof(int))
+        if position == NULL:
+            raise MemoryError
+        memset(&position[poller.positions], 0,
+               (count - poller.positions) * sizeof(int))
+        poller.position, poller.positions = position, count
+    return 0
+
+
+# Facts about select
+#
+# - An fd_set is a bit array of FD_SETSIZE: a larger fd would be written to
+#   somewhere else in memory.
+# - One closed fd fails the whole call with EBADF, and it does not say which.
+# - What is watched is whatever the number refers to now: a number used again is
+#   told from the old one by its device and inode.
+# - It knows no hang-up: a closed peer is READ, a refused connection READ | WRITE.
+# - Exceptional conditions are out-of-band data: PRI.
+
+cdef struct _Watched:
+    uint32_t events, generation
+    _Identity identity
+
+
+cdef class _Select(_Poller):
+    """The poller on select(2), for where there is nothing else."""
+
+    cdef _Watched *watched      # by fd
+    cdef fd_set reads, writes, others
+    cdef int end                # all fds are below
+
+    def __cinit__(self, *args):
+        self.watched = <_Watched *>calloc(FD_SETSIZE, sizeof(_Watched))
+        if self.watched == NULL:
+            raise MemoryError
+        FD_ZERO(&self.reads)
+        FD_ZERO(&self.writes)
+        FD_ZERO(&self.others)
+        self.maskable = True
+
+    def __dealloc__(self):
+        free(self.watched)
+
+    def fileno(self):
+        """Raise io.UnsupportedOperation: select has no file descriptor."""
+        import io
+        raise io.UnsupportedOperation("select has no file descriptor")
+
+    def close(self):
+        """Forget everything."""
+        memset(self.watched, 0, FD_SETSIZE * sizeof(_Watched))
+        FD_ZERO(&self.reads)
+        FD_ZERO(&self.writes)
+        FD_ZERO(&self.others)
+        self.end = 0
+
+    cdef int leave(self) except -1:
+        return 0
+
+    cdef int renew(self, _Table table) except -1:
+        return _fill(self, table)
+
+    cdef int add(self, int fd, uint32_t events, uint32_t generation) except -1:
+        return self.modify_(fd, events, generation)
+
+    cdef int modify_(self, int fd, uint32_t events, uint32_t generation) except -1:
+        cdef _Identity identity
+        if fd >= FD_SETSIZE:
+            raise ValueError(f"fd {fd} is too large for select: "
+                             f"FD_SETSIZE is {FD_SETSIZE}")
+        identify(fd, &identity)
+        self.drop(fd)
+        if events & READ:
+            FD_SET(fd, &self.reads)
+        if events & WRITE:
+            FD_SET(fd, &self.writes)
+        if events & PRI:
+            FD_SET(fd, &self.others)
+        self.watched[fd].events, self.watched[fd].generation = events, generation
+        self.watched[fd].identity = identity
+        self.end = max(self.end, fd + 1)
+        return 0
+
+    cdef int drop(self, int fd) except -1:
+        if fd < FD_SETSIZE:
+            FD_CLR(fd, &self.reads)
+            FD_CLR(fd, &self.writes)
+            FD_CLR(fd, &self.others)
+            self.watched[fd].events = 0
+        while self.end and self.watched[self.end - 1].events == 0:
+            self.end -= 1
+        return 0
+
+    cdef bint has_lost(self, int fd) except -1:
+        return not _is_open(self, fd)
+
+    cdef int wait(self, int64_t ns) except -1:
+        cdef fd_set reads = self.reads, writes = self.writes, others = self.others
+        cdef timespec timeout = as_timespec(max(ns, 0))
+        cdef timespec *limit = NULL if ns == FOREVER else &timeout
+        cdef const sigset_t *mask = &self.mask if self.masked else NULL
+        cdef int fd, n = 0, count, end = self.end
+        cdef uint32_t events
+        with nogil:
+            count = pselect(end, &reads, &writes, &others, limit, mask)
+        self.interrupted = count == -1 and errno == EINTR
+        if self.interrupted:
+            return 0
+        if count == -1 and errno == EBADF:
+            return _drop_closed(self)
+        check(count)
+        for fd in range(end if count else 0):
+            events = (READ if FD_ISSET(fd, &reads) else 0) | (
+                WRITE if FD_ISSET(fd, &writes) else 0) | (
+                PRI if FD_ISSET(fd, &others) else 0)
+            if events and not _is_open(self, fd):
+                self.drop(fd)
+                events = ERROR
+            if events:
+                n = _note(self, n, fd, events, self.watched[fd].generation)
+        return n
+
+
+cdef bint _is_open(_Select poller, int fd) noexcept:
+    """Tell whether an fd still is the file that was added."""
+    cdef struct_stat status
+    cdef _Identity identity
+    if fstat(fd, &status) == -1:
+        return False
+    identity.device, identity.inode = status.st_dev, status.st_ino
+    return is_same_file(&identity, &poller.watched[fd].identity)
+
+
+cdef int _drop_closed(_Select poller) except -1:
+    """Drop the fds that were closed; each is told so by one ERROR."""
+    cdef int fd, n = 0
+    for fd in range(poller.end):
+        if poller.watched[fd].events and not _is_open(poller, fd):
+            n = _note(poller, n, fd, ERROR, poller.watched[fd].generation)
+            poller.drop(fd)
+    return n
+
+
+# A Python object given as `impl`.  Its events have no generation: they are for
+# whoever has the fd when they are collected.
+
+@cython.final
+@cython.internal
+cdef class _Foreign(_Poller):
+
+    cdef object impl
+    cdef _Table table
+
+    def __cinit__(self, impl):
+        for name in ("register", "modify", "unregister", "poll"):
+            if not callable(getattr(impl, name, None)):
+                raise TypeError(f"impl has no method {name}(): {impl!r}")
+        self.impl = impl
+        self.foreign = True
+
+    def fileno(self):
+        if not hasattr(self.impl, "fileno"):
+            import io
+            raise io.UnsupportedOperation("the poller has no file descriptor")
+        return self.impl.fileno()
+
+    def close(self):
+        if hasattr(self.impl, "close"):
+            self.impl.close()
+
+    cdef int leave(self) except -1:
+        return 0
+
+    cdef int renew(self, _Table table) except -1:
+        if not hasattr(self.impl, "reinit"):
+            raise RuntimeError("the poller has no reinit(): make a new IOLoop")
+        self.impl.reinit()
+        return _fill(self, table)
+
+    cdef int add(self, int fd, uint32_t events, uint32_t generation) except -1:
+        if events:
+            try:
+                self.impl.register(fd, events | ERROR)
+            except FileExistsError:
+                self.impl.modify(fd, events | ERROR)
+        return 0
+
+    cdef int modify_(self, int fd, uint32_t events, uint32_t generation) except -1:
+        try:
+            self.impl.modify(fd, events | ERROR)
+        except FileNotFoundError:
+            self.impl.register(fd, events | ERROR)
+        return 0
+
+    cdef int drop(self, int fd) except -1:
+        try:
+            self.impl.unregister(fd)
+        except Exception:
+            pass  # closed before it was removed, most likely
+        return 0
+
+    cdef bint has_lost(self, int fd) except -1:
+        return False
+
+    cdef int wait(self, int64_t ns) except -1:
+        cdef int n = 0, fd
+        cdef uint32_t events
+        cdef _Slot *slot
+        seconds = -1 if ns == FOREVER else <double>ns / SECOND
+        self.interrupted = False
+        try:
+            pairs = self.impl.poll(seconds)
+        except InterruptedError:
+            self.interrupted = True
+            return 0
+        for number, mask in list(pairs):
+            fd, events = fd_number(number), event_mask(mask)
+            slot = _slot(self.table, fd)
+            if slot == NULL:
+                self.drop(fd)
+            else:
+                n = _note(self, n, fd, events, slot.generation)
+        return n
+
+
+if HAVE_EPOLL:
+    _poll = _EPoll
+elif HAVE_KQUEUE:
+    _poll = _KQueue
+else:
+    _poll = _Select
+
+
+# -- Watchdog ------------------------------------------------------------------
+#
+# The loop only counts its iterations and says when it sleeps, which costs next to
+# nothing.  Four times within the threshold somebody looks: a loop that is awake
+# and has not moved for four looks is blocked.  In the main thread that is a
+# signal handler in C, driven by a timer, which makes SIGALRM real for Python (or
+# deadly) only when the loop is blocked, and lets the timer rest when it sleeps;
+# elsewhere it is a thread.
+
+cdef enum:
+    LOOKS = 4
+
+cdef struct _Progress:
+    alarm_t timer
+    int64_t look                # nanoseconds between two
+    int moves                   # of the loop
+    int idle                    # it sleeps
+    int seen                    # what the last look saw of `moves`
+    int quiet                   # looks that saw no move
+    int armed                   # the timer runs
+    int fatal
+
+
+@cython.final
+@cython.internal
+cdef class _Watchdog:
+    """What to do when the loop blocks, and what was there before."""
+
+    cdef int64_t threshold      # nanoseconds; 0 is off
+    cdef object action
+    cdef bint by_signal         # nothing else will do
+    cdef bint on, alarmed
+    cdef _Progress progress
+    cdef object old_handler     # SIGALRM's
+    cdef sigaction_t old_action
+    cdef itimerval old_timer    # ITIMER_REAL's
+    cdef int64_t since
+    cdef object thread, leave   # the one that looks; a lock: it shall end
+
+
+cdef inline int _note_progress(IOLoop loop) noexcept:
+    cdef _Progress *progress = &loop.watchdog.progress
+    if loop.watchdog.on:
+        store(&progress.moves, progress.moves + 1)
+        if loop.watchdog.alarmed and not load(&progress.armed):
+            store(&progress.armed, 1)
+            set_alarm(progress.timer, progress.look)
+    return 0
+
+
+cdef inline int _note_idle(IOLoop loop, bint idle) noexcept:
+    store(&loop.watchdog.progress.idle, idle)
+    if not idle:
+        _note_progress(loop)
+    return 0
+
+
+cdef int _set_watchdog(IOLoop loop, object seconds, object action,
+                       bint by_signal) except -1:
+    cdef _Watchdog dog = loop.watchdog
+    cdef int64_t threshold = 0
+    if seconds is not None:
+        threshold = nanoseconds(seconds, True)
+        if threshold <= 0:
+            raise ValueError(f"a threshold must be positive, not {seconds!r}")
+        if by_signal and not HAVE_ALARM:
+            raise NotImplementedError("no POSIX timers for threads on this platform")
+    _stop_watchdog(loop)
+    dog.threshold, dog.action, dog.by_signal = threshold, action, by_signal
+    if loop.thread != 0:
+        _start_watchdog(loop)
+    return 0
+
+
+cdef int _require_main_thread() except -1:
+    import threading
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("SIGALRM can be handled in the main thread only")
+    return 0
+
+
+cdef int _start_watchdog(IOLoop loop) except -1:
+    cdef _Watchdog dog = loop.watchdog
+    if dog.threshold == 0:
+        return 0
+    if dog.by_signal and not loop.in_main_thread:
+        raise RuntimeError("a loop with a blocking signal threshold runs in the "
+                           "main thread only")
+    memset(&dog.progress, 0, sizeof(_Progress))
+    dog.progress.look = max(1, dog.threshold // LOOKS)
+    dog.progress.fatal = dog.action is None
+    if loop.in_main_thread and HAVE_ALARM:
+        _start_alarm(dog)
+    else:
+        _start_watching(dog)
+    dog.on = True
+    _note_progress(loop)  # from now on, also if this is called in a callback
+    return 0
+
+
+cdef int _stop_watchdog(IOLoop loop) except -1:
+    cdef _Watchdog dog = loop.watchdog
+    if not dog.on:
+        return 0
+    dog.on = False
+    if dog.alarmed:
+        _stop_alarm(dog)
+    else:
+        dog.leave.release()
+        dog.thread.join()
+        dog.thread = None
+    return 0
+
+
+cdef int _start_alarm(_Watchdog dog) except -1:
+    cdef sigaction_t action
+    cdef itimerval stopped
+    memset(&action, 0, sizeof(action))
+    memset(&stopped, 0, sizeof(stopped))
+    check(open_alarm(&dog.progress.timer, &dog.progress))
+    try:
+        sigaction(SIGALRM, NULL, &dog.old_action)
+        dog.old_handler = _signal.getsignal(SIGALRM)
+        if dog.action is not None:
+            _signal.signal(SIGALRM, dog.action)  # runs pending handlers before
+    except BaseException:
+        close_alarm(dog.progress.timer)
+        raise
+    dog.alarmed = True
+    dog.since = monotonic()
+    setitimer(ITIMER_REAL, &stopped, &dog.old_timer)
+    action.sa_sigaction = _on_alarm
+    action.sa_flags = SA_SIGINFO | SA_RESTART | SA_ONSTACK
+    sigemptyset(&action.sa_mask)
+    sigaction(SIGALRM, &action, NULL)
+    return 0
+
+
+cdef int _stop_alarm(_Watchdog dog) except -1:
+    """Put back what _start_alarm found."""
+    cdef object ours = dog.action, old_handler = dog.old_handler
+    close_alarm(dog.progress.timer)
+    dog.alarmed = False
+    dog.old_handler = None
+    try:
+        PyErr_CheckSignals()  # while its handler is there
+    finally:
+        _resume_timer(&dog.old_timer, (monotonic() - dog.since) // 1000)
+        if ours is None or _signal.getsignal(SIGALRM) is ours:
+            sigaction(SIGALRM, &dog.old_action, NULL)
+            if ours is not None and old_handler is not None:
+                _set_signal(SIGALRM, old_handler)
+    return 0
+
+
+cdef int _set_signal(int signum, object handler) except -1:
+    """signal.signal(), that is not kept from it by what a pending handler raises."""
+    try:
+        _signal.signal(signum, handler)
+    except BaseException:
+        _signal.signal(signum, handler)
+        raise
+    return 0
+
+
+cdef void _resume_timer(itimerval *timer, int64_t elapsed) noexcept:
+    """Let ITIMER_REAL go on where it would be, `elapsed` microseconds later."""
+    cdef int64_t left = (timer.it_value.tv_sec * <int64_t>1000000
+                         + timer.it_value.tv_usec)
+    if left:
+        left = max(1, left - elapsed)
+        timer.it_value.tv_sec, timer.it_value.tv_usec = left // 1000000, left % 1000000
+        setitimer(ITIMER_REAL, timer, NULL)
+
+
+cdef bint _is_blocked(_Progress *progress) noexcept nogil:
+    """One look."""
+    cdef int moves = load(&progress.moves)
+    if load(&progress.idle) or moves != progress.seen:
+        progress.seen = moves
+        progress.quiet = 0
+        return False
+    progress.quiet += 1
+    return progress.quiet == LOOKS
+
+
+cdef void _on_alarm(int signum, siginfo_t *info, void *context) noexcept nogil:
+    """The look of the timer, in a signal handler."""
+    cdef _Progress *progress
+    cdef int saved = errno
+    if info.si_code != SI_TIMER:
+        return
+    progress = <_Progress *>info.si_value.sival_ptr
+    if load(&progress.idle):
+        store(&progress.armed, 0)       # the loop arms it when it wakes up
+    elif not _is_blocked(progress):
+        set_alarm(progress.timer, progress.look)
+    else:
+        store(&progress.armed, 0)       # ... or moves
+        if progress.fatal:
+            default_signal(SIGALRM, SIG_DFL)
+            raise_signal(SIGALRM)
+        PyErr_SetInterruptEx(SIGALRM)
+    (&errno)[0] = saved
+
+
+cdef int _start_watching(_Watchdog dog) except -1:
+    import threading
+    dog.leave = allocate_lock()
+    dog.leave.acquire()
+    dog.thread = threading.Thread(
+        target=_watch, args=(dog, get_ident()), name="ioloop watchdog", daemon=True)
+    dog.thread.start()
+    return 0
+
+
+def _watch(_Watchdog dog not None, thread):
+    # The looks of a thread.
+    while not dog.leave.acquire(timeout=dog.progress.look / 1e9):
+        if _is_blocked(&dog.progress):
+            _bark(dog, sys._current_frames().get(thread))
+
+
+cdef int _bark(_Watchdog dog, object frame) except -1:
+    try:
+        dog.action(SIGALRM, frame)
+    except Exception:
+        _unraisable(dog.action)
+    return 0
+
+
+# -- The C-level door ----------------------------------------------------------
+#
+# Documented in ioloop.pxd.
+
+cdef int c_add_handler(object loop, int fd, uint32_t events,
+                       ioloop_handler_v1 function, void *arg,
+                       object owner) except -1:
+    _check_thread(<IOLoop?>loop)
+    if function == NULL:
+        raise ValueError("the function is NULL")
+    return _add_handler(<IOLoop>loop, fd_number(fd), events, function, arg,
+                        _Handler.__new__(_Handler, fd, owner, None))
+
+
+cdef int c_update_handler(object loop, int fd, uint32_t events) except -1:
+    _check_thread(<IOLoop?>loop)
+    if fd < 0:
+        fd_number(fd)
+    return _update_handler(<IOLoop>loop, fd, events)
+
+
+cdef int c_remove_handler(object loop, int fd) except -1:
+    _check_thread(<IOLoop?>loop)
+    if fd != (<IOLoop>loop).queue.door.reader:
+        _remove_handler(<IOLoop>loop, fd)
+    return 0
+
+
+@cython.final
+@cython.internal
+cdef class _Timer:
+    """A timer of the door: a call that knows its timeout."""
+
+    cdef ioloop_callback_v1 function
+    cdef void *arg
+    cdef object owner
+    cdef _Timers timers
+    cdef _Timeout timeout
+
+
+cdef object c_new_timer(object loop, ioloop_callback_v1 function, void *arg,
+                        object owner):
+    cdef _Timer timer = _Timer.__new__(_Timer)
+    _check_open(<IOLoop?>loop)
+    if function == NULL:
+        raise ValueError("the function is NULL")
+    timer.function, timer.arg, timer.owner = function, arg, owner
+    timer.timers = (<IOLoop>loop).timers
+    timer.timeout = _Timeout.__new__(_Timeout)
+    return timer
+
+
+cdef int c_start_timer(object timer, int64_t delay) except -1:
+    cdef _Timer self = <_Timer?>timer
+    cdef int64_t deadline
+    if self.timers is None or self.timers.closed:
+        raise RuntimeError("IOLoop is closed")
+    _check_owner(self.timers)
+    deadline = later(_now(self.timers), delay)
+    if self.timers.closed:
+        raise RuntimeError("IOLoop is closed")
+    _cancel(self.timeout)
+    return _arm(self.timers, self.timeout, deadline, self)
+
+
+cdef int c_stop_timer(object timer) except -1:
+    cdef _Timer self = <_Timer?>timer
+    if self.timers is not None and not self.timers.closed:
+        _check_owner(self.timers)
+        _cancel(self.timeout)
+    return 0
+
+
+cdef int c_add_callback(object loop, ioloop_callback_v1 function,
+                        void *arg) except -1:
+    cdef int error
+    _check_open(<IOLoop?>loop)
+    if function == NULL:
+        raise ValueError("the function is NULL")
+    error = c_post((<IOLoop>loop).queue.door, function, arg)
+    if error:
+        raise OSError(error, os.strerror(error))
+    return 0
+
+
+cdef ioloop_door_v1 *c_door(object loop) except NULL:
+    _check_open(<IOLoop?>loop)
+    return (<IOLoop>loop).queue.door
+
+
+cdef int c_post(ioloop_door_v1 *door, ioloop_callback_v1 function,
+                void *arg) noexcept nogil:
+    if function == NULL:
+        return EINVAL
+    return _post(<_Door *>door, function, arg)
+
+
+cdef int _run_timer(IOLoop loop, _Timer timer) except -1:
+    try:
+        timer.function(loop, timer.arg)
+    except Exception:
+        _report(loop, timer.owner)
+    return 0
+
+
+# -- Entrances -----------------------------------------------------------------
+#
+# The methods that programs call most, once more, with CPython's fastest calling
+# convention: they replace those of the class, which are the same but for that.
+
+cdef object _enter_add_callback(IOLoop loop, PyObject **args, Py_ssize_t n,
+                                PyObject *names):
+    if n < 1:
+        raise TypeError("add_callback() needs a callback")
+    _queue_call(loop, <object>args[0], as_tuple(args + 1, n - 1),
+                _keywords(args + n, names), capture_context())
+
+
+cdef object _enter_add_timeout(IOLoop loop, PyObject **args, Py_ssize_t n,
+                               PyObject *names):
+    if n < 2:
+        raise TypeError("add_timeout() needs a deadline and a callback")
+    return _time_call(loop, <object>args[0], _deadline, <object>args[1],
+                      as_tuple(args + 2, n - 2), _keywords(args + n, names))
+
+
+cdef object _enter_call_later(IOLoop loop, PyObject **args, Py_ssize_t n,
+                              PyObject *names):
+    if n < 2:
+        raise TypeError("call_later() needs a delay and a callback")
+    return _time_call(loop, <object>args[0], _delay, <object>args[1],
+                      as_tuple(args + 2, n - 2), _keywords(args + n, names))
+
+
+cdef inline dict _keywords(PyObject **values, PyObject *names):
+    return None if names == NULL else _as_dict(values, <tuple>names)
+
+
+cdef dict _as_dict(PyObject **values, tuple names):
+    return {name: <object>values[i] for i, name in enumerate(names)}
+
+
+cdef int _replace(str name, str parameters, void *function) except -1:
+    doc = f"{name}($self, {parameters}, /, *args, **kwargs)\n--\n\n"
+    doc += getattr(IOLoop, name).__doc__
+    return replace_method(IOLoop, name.encode(), doc.encode(), function)
+
+
+_replace("add_callback", "callback", <void *>_enter_add_callback)
+_replace("add_timeout", "deadline, callback", <void *>_enter_add_timeout)
+_replace("call_later", "delay, callback", <void *>_enter_call_later)
+
+
+# -- Invariants ----------------------------------------------------------------
+
+def _verify(IOLoop loop not None):
+    """Raise AssertionError unless the loop's tables agree with each other.
+
+    Called in every iteration of a build with IOLOOP_DEBUG.
+    """
+    _check_open(loop)
+    _verify_timers(loop.timers)
+    _verify_queue(loop.queue)
+    _verify_table(loop)
+
+
+cdef int _verify_timers(_Timers timers) except -1:
+    cdef _Timeout timeout
+    cdef Py_ssize_t i
+    _expect(len(timers.calls) == timers.room, "the number of slots")
+    _expect(timers.count + timers.lates + timers.spares == timers.room,
+            "the number of free slots")
+    for i in range(timers.count):
+        timeout = <_Timeout>timers.heap[i].timeout
+        _expect(timeout.index == i and timeout.timers == <PyObject *>timers,
+                "a timeout's index")
+        _expect(timers.calls[timeout.slot] is not None, "a timeout's call")
+        _expect(i == 0 or not _precedes(&timers.heap[i], &timers.heap[(i - 1) >> 2]),
+                "the heap's order")
+    for i in range(timers.spares):
+        _expect(timers.calls[timers.spare[i]] is None, "a free slot")
+    return 0
+
+
+cdef int _verify_queue(_Queue queue) except -1:
+    cdef uint64_t n
+    _expect(len(queue.ring) == <Py_ssize_t>(queue.mask + 1), "the ring's size")
+    _expect(queue.tail - queue.head <= queue.mask + 1, "the ring's ends")
+    for n in range(queue.tail, queue.head + queue.mask + 1):
+        _expect(queue.ring[n & queue.mask] is None, "a free slot of the ring")
+    return 0
+
+
+cdef int _verify_table(IOLoop loop) except -1:
+    cdef _Table table = loop.table
+    cdef Py_ssize_t fd, count = 0
+    for fd in range(table.size):
+        _expect((table.slots[fd].generation != 0) == (table.handlers[fd] is not None),
+                "an fd's slot and its handler")
+        count += table.slots[fd].generation != 0
+    _expect(count == table.count, "the number of handlers")
+    return 0
+
+
+cdef int _expect(bint true, str what) except -1:
+    if not true:
+        raise AssertionError(f"ioloop: {what} is wrong")
+    return 0
