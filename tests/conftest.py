@@ -1,0 +1,338 @@
+"""Fixtures of the whole suite: the pollers, the loops, and what must be left behind."""
+
+import contextlib
+import faulthandler
+import gc
+import hashlib
+import importlib.machinery
+import importlib.util
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+# Test modules are imported by path (importlib mode), `helpers` by name.
+sys.path.insert(0, str(HERE))
+
+import helpers  # noqa: E402
+
+import ioloop  # noqa: E402
+
+HANG_SECONDS = float(os.environ.get("IOLOOP_TEST_TIMEOUT", "60"))
+
+
+# -- The hang guard: stacks of all threads on the real stderr, then exit ------
+
+
+def pytest_configure(config):
+    config.ioloop_stderr = os.dup(2)
+
+
+def pytest_unconfigure(config):
+    os.close(config.ioloop_stderr)
+
+
+def pytest_collection_finish():
+    # What exists by now stays out of every collection of the checks below.
+    gc.collect()
+    gc.freeze()
+
+
+# -- Pollers ------------------------------------------------------------------
+
+
+class Poller:
+    """One of the module's pollers and the build of the module that has it."""
+
+    def __init__(self, name, module):
+        self.name = name
+        self.module = module
+        self.impl = {
+            "epoll": module._EPoll,
+            "select": module._Select,
+            "kqueue": module._KQueue,
+        }[name]
+
+    def __repr__(self):
+        return f"<{self.name}>"
+
+    def run(self, code, **options):
+        """Run `code` in a new process that has `ioloop` and `impl` (the class)."""
+        prelude = (
+            "import importlib.machinery, importlib.util, sys\n"
+            "import ioloop\n"
+            f"path = {self.module.__file__!r}\n"
+            "if path != ioloop.__file__:\n"
+            "    spec = importlib.util.spec_from_file_location(\n"
+            f"        {self.module.__name__!r}, path,\n"
+            "        loader=importlib.machinery.ExtensionFileLoader(\n"
+            f"            {self.module.__name__!r}, path))\n"
+            "    ioloop = importlib.util.module_from_spec(spec)\n"
+            "    spec.loader.exec_module(ioloop)\n"
+            f"impl = ioloop.{self.impl.__name__}\n"
+        )
+        return helpers.run_python(code, prelude=prelude, **options)
+
+
+def build_fake_kqueue(directory):
+    """Compile ioloop.pyx with fake_kqueue.h, once for each state of the sources."""
+    sources = [HERE.parent / "ioloop.pyx", HERE.parent / "ioloop.pxd"]
+    header = HERE / "fake_kqueue.h"
+    digest = hashlib.sha256(sys.version.encode())
+    for source in [*sources, header]:
+        digest.update(source.read_bytes())
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    target = directory / f"{digest.hexdigest()[:16]}{suffix}"
+    if target.exists():
+        return target
+    for stale in directory.glob(f"*{suffix}"):
+        stale.unlink()
+    work = directory / f"build-{os.getpid()}"
+    work.mkdir()
+    try:
+        for source in sources:
+            shutil.copy(source, work)
+        built = work / target.name
+        include = [sysconfig.get_path("include"), str(HERE)]
+        for command in (
+            [sys.executable, "-m", "cython", "ioloop.pyx"],
+            [
+                *sysconfig.get_config_var("CC").split(),
+                *("-shared", "-fPIC", "-O1", "-g", "-fvisibility=hidden"),
+                "-DIOLOOP_FAKE_KQUEUE=1",
+                *(f"-I{path}" for path in include),
+                *("ioloop.c", "-o", str(built), "-lpthread"),
+            ],
+        ):
+            done = subprocess.run(command, cwd=work, capture_output=True, text=True)
+            if done.returncode:
+                pytest.fail(f"{' '.join(command)}\n{done.stdout}{done.stderr}", False)
+        built.rename(target)
+    finally:
+        shutil.rmtree(work)
+    return target
+
+
+@pytest.fixture(scope="session")
+def fake_kqueue(request):
+    """The module built with the fake kqueue, as a module object of its own."""
+    path = str(build_fake_kqueue(request.config.cache.mkdir("fake-kqueue")))
+    name = "fakekq.ioloop"
+    loader = importlib.machinery.ExtensionFileLoader(name, path)
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    loader.exec_module(module)
+    gc.collect()
+    gc.freeze()
+    return module
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled(request):
+    """Compile before the first test, whose hang guard knows no compiler."""
+    if any("kqueue" in item.nodeid for item in request.session.items):
+        request.getfixturevalue("fake_kqueue")
+
+
+@pytest.fixture(params=["epoll", "select", "kqueue"])
+def poller(request):
+    """Each poller in turn."""
+    if request.param == "kqueue":
+        return Poller("kqueue", request.getfixturevalue("fake_kqueue"))
+    return Poller(request.param, ioloop)
+
+
+@pytest.fixture
+def make_loop(poller):
+    """Make loops on `poller` (keywords: of the constructor); they get closed."""
+    with contextlib.ExitStack() as loops:
+
+        def make(cls=None, **options):
+            options.setdefault("impl", poller.impl())
+            loop = (cls or poller.module.IOLoop)(**options)
+            loops.callback(loop.close)
+            return loop
+
+        yield make
+
+
+@pytest.fixture
+def loop(make_loop):
+    """A loop on `poller`."""
+    return make_loop()
+
+
+# -- What a test may not leave behind -----------------------------------------
+
+
+class Records(list):
+    """Log records of the logger `ioloop`; those not taken fail the test."""
+
+    def take(self, pattern, exception=None):
+        """Remove the oldest record, which must match; return it."""
+        assert self, f"nothing logged, expected {pattern!r}"
+        record = self.pop(0)
+        message = record.getMessage()
+        assert re.search(pattern, message), f"{pattern!r} is not in {message!r}"
+        if exception is not None:
+            assert record.exc_info and issubclass(record.exc_info[0], exception)
+        return record
+
+    def texts(self):
+        return [logging.Formatter().format(record) for record in self]
+
+
+class RecordsHandler(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.records = Records()
+        self.seen = []
+
+    def emit(self, record):
+        self.records.append(record)
+        self.seen.append(record)
+
+    def let_go(self):
+        """Let go of callbacks and tracebacks; pytest holds on to the records."""
+        for record in self.seen:
+            record.msg, record.args, record.exc_info = record.getMessage(), (), None
+        self.seen.clear()
+
+
+@pytest.fixture
+def expect_log(clean):
+    """`expect_log.take(pattern, exception=None)` takes what should be logged."""
+    return clean
+
+
+def open_files():
+    """{fd: what it is}; the listing's own descriptor is gone when it is read."""
+    files = {}
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            files[int(fd)] = os.readlink(f"/proc/self/fd/{fd}")
+    return files
+
+
+def signal_state():
+    """Python's and the kernel's view of handlers, masks, timers and wakeup fd."""
+    state = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    for which in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
+        state["itimer", which] = signal.getitimer(which)
+    state["wakeup fd"] = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(state["wakeup fd"])
+    with open("/proc/self/status") as status:
+        state.update(line.split() for line in status if line.startswith("Sig"))
+    del state["SigQ:"]
+    with contextlib.suppress(OSError), open("/proc/self/timers") as timers:
+        state["posix timers"] = timers.read()
+    return state
+
+
+def tasks():
+    return set(os.listdir("/proc/self/task"))
+
+
+def threads_left(threads, before):
+    """What runs that did not; a joined thread may need a moment to vanish."""
+    deadline = time.monotonic() + 2
+    while True:
+        left = set(threading.enumerate()) - threads or tasks() - before
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.001)
+
+
+def difference(before, after):
+    return {
+        key: (before.get(key), after.get(key))
+        for key in before.keys() | after.keys()
+        if before.get(key) != after.get(key)
+    }
+
+
+def modules_under_test():
+    found = (sys.modules.get(name) for name in ("ioloop", "fakekq.ioloop"))
+    return [module for module in found if module is not None]
+
+
+def loops_left():
+    """Describe and close the loops that no test should have left registered."""
+    for module in modules_under_test():
+        current = module.IOLoop.current(instance=False)
+        if current is not None:
+            module.IOLoop.clear_current()
+            yield f"{current!r} is still current"
+        if module.IOLoop.initialized():
+            module.IOLoop.instance().close()
+            yield f"{module.__name__} still has its instance()"
+
+
+@pytest.fixture(autouse=True)
+def clean(request):
+    """After each test all is as before: files, signals, threads, log, loops."""
+    faulthandler.dump_traceback_later(
+        HANG_SECONDS, exit=True, file=request.config.ioloop_stderr
+    )
+    handler = RecordsHandler()
+    logger = logging.getLogger("ioloop")
+    logger.addHandler(handler)
+    files, signals = open_files(), signal_state()
+    threads, ids = set(threading.enumerate()), tasks()
+    try:
+        yield handler.records
+        complaints = [f"logged: {text}" for text in handler.records.texts()]
+        handler.let_go()
+        request.node.funcargs.clear()  # pytest would hold the loops
+        complaints.extend(loops_left())
+        gc.collect()
+        # A failed test's traceback holds its loops: nothing to complain of.
+        if not getattr(request.node, "test_failed", False):
+            types = tuple(module.IOLoop for module in modules_under_test())
+            alive = [o for o in gc.get_objects() if issubclass(type(o), types)]
+            complaints.extend(f"not collectable: {o!r}" for o in alive)
+            if alive:
+                del alive
+                gc.freeze()  # not to be reported again by the next test
+        if left := threads_left(threads, ids):
+            complaints.append(f"threads left: {left}")
+        if changed := difference(files, open_files()):
+            complaints.append(f"descriptors changed: {changed}")
+        if changed := difference(signals, signal_state()):
+            complaints.append(f"signal state changed: {changed}")
+        if complaints:
+            pytest.fail("\n".join(complaints), pytrace=False)
+    finally:
+        logger.removeHandler(handler)
+        faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed:
+        item.test_failed = True
+    return report
+
+
+@pytest.fixture
+def counted_files():
+    """A function: {fd: what it is} of the descriptors opened since."""
+    before = open_files()
+
+    def opened():
+        now = open_files()
+        return {fd: now[fd] for fd in now if now[fd] != before.get(fd)}
+
+    return opened

@@ -1,0 +1,168 @@
+/* faults.c - system calls that fail, and signals that come at the worst moment.
+ *
+ * To be preloaded (LD_PRELOAD) by test_faults.py, which sets the variables below
+ * through ctypes.  Only calls that are made by the code between fault_from and
+ * fault_to count, the module under test: the interpreter's own are left alone.
+ */
+
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <signal.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <sys/select.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+
+/* The order is that of CALLS in test_faults.py. */
+enum call {
+    EPOLL_CREATE1, EPOLL_CTL, EPOLL_WAIT, EPOLL_PWAIT, EPOLL_PWAIT2, PSELECT,
+    READ, WRITE, CLOSE, PIPE2, DUP3, FCNTL,
+    TIMER_CREATE, TIMER_SETTIME, TIMER_DELETE, SETITIMER,
+    MALLOC, CALLOC, REALLOC, CALLS
+};
+
+uintptr_t fault_from, fault_to;
+int fault_armed;
+unsigned fault_which;           /* calls that count, a bit each */
+int fault_nth;                  /* the one to strike at */
+int fault_errno;                /* what it fails with, or 0 */
+int fault_signal;               /* what it raises first, or 0 */
+int fault_seen;                 /* calls that counted so far */
+int fault_counts[CALLS];        /* the same, of each sort */
+
+static int strikes(enum call call, void *caller) {
+    uintptr_t from = (uintptr_t)caller;
+    if (!__atomic_load_n(&fault_armed, __ATOMIC_ACQUIRE)
+            || from < fault_from || from >= fault_to
+            || !(fault_which >> call & 1))
+        return 0;
+    __atomic_add_fetch(&fault_counts[call], 1, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&fault_seen, 1, __ATOMIC_RELAXED) != fault_nth)
+        return 0;
+    if (fault_signal) {
+        int saved = errno;
+        raise(fault_signal);
+        errno = saved;
+    }
+    if (fault_errno)
+        errno = fault_errno;
+    return fault_errno != 0;
+}
+
+#define STRIKES(call) strikes(call, __builtin_return_address(0))
+#define REAL(name) \
+    static __typeof__(name) *real; \
+    if (!real) \
+        real = (__typeof__(name) *)dlsym(RTLD_NEXT, #name)
+
+int epoll_create1(int flags) {
+    REAL(epoll_create1);
+    return STRIKES(EPOLL_CREATE1) ? -1 : real(flags);
+}
+
+int epoll_ctl(int ep, int op, int fd, struct epoll_event *event) {
+    REAL(epoll_ctl);
+    return STRIKES(EPOLL_CTL) ? -1 : real(ep, op, fd, event);
+}
+
+int epoll_wait(int ep, struct epoll_event *events, int n, int ms) {
+    REAL(epoll_wait);
+    return STRIKES(EPOLL_WAIT) ? -1 : real(ep, events, n, ms);
+}
+
+int epoll_pwait(int ep, struct epoll_event *events, int n, int ms,
+                const sigset_t *mask) {
+    REAL(epoll_pwait);
+    return STRIKES(EPOLL_PWAIT) ? -1 : real(ep, events, n, ms, mask);
+}
+
+int epoll_pwait2(int ep, struct epoll_event *events, int n,
+                 const struct timespec *timeout, const sigset_t *mask) {
+    REAL(epoll_pwait2);
+    return STRIKES(EPOLL_PWAIT2) ? -1 : real(ep, events, n, timeout, mask);
+}
+
+int pselect(int n, fd_set *reads, fd_set *writes, fd_set *others,
+            const struct timespec *timeout, const sigset_t *mask) {
+    REAL(pselect);
+    return STRIKES(PSELECT) ? -1 : real(n, reads, writes, others, timeout, mask);
+}
+
+ssize_t read(int fd, void *buffer, size_t size) {
+    REAL(read);
+    return STRIKES(READ) ? -1 : real(fd, buffer, size);
+}
+
+ssize_t write(int fd, const void *buffer, size_t size) {
+    REAL(write);
+    return STRIKES(WRITE) ? -1 : real(fd, buffer, size);
+}
+
+int close(int fd) {
+    REAL(close);
+    /* Linux closes, whatever it answers. */
+    int fails = STRIKES(CLOSE), error = errno, rc = real(fd);
+    if (fails)
+        errno = error;
+    return fails ? -1 : rc;
+}
+
+int pipe2(int fds[2], int flags) {
+    REAL(pipe2);
+    return STRIKES(PIPE2) ? -1 : real(fds, flags);
+}
+
+int dup3(int from, int to, int flags) {
+    REAL(dup3);
+    return STRIKES(DUP3) ? -1 : real(from, to, flags);
+}
+
+/* Python is built for large files, which has this in place of fcntl. */
+int fcntl64(int fd, int command, long argument) {
+    static int (*real)(int, int, long);
+    if (!real)
+        real = (int (*)(int, int, long))dlsym(RTLD_NEXT, "fcntl64");
+    return STRIKES(FCNTL) ? -1 : real(fd, command, argument);
+}
+
+int timer_create(clockid_t clock, struct sigevent *event, timer_t *timer) {
+    REAL(timer_create);
+    return STRIKES(TIMER_CREATE) ? -1 : real(clock, event, timer);
+}
+
+int timer_settime(timer_t timer, int flags, const struct itimerspec *value,
+                  struct itimerspec *old) {
+    REAL(timer_settime);
+    return STRIKES(TIMER_SETTIME) ? -1 : real(timer, flags, value, old);
+}
+
+int timer_delete(timer_t timer) {
+    REAL(timer_delete);
+    return STRIKES(TIMER_DELETE) ? -1 : real(timer);
+}
+
+int setitimer(__itimer_which_t which, const struct itimerval *value,
+              struct itimerval *old) {
+    REAL(setitimer);
+    return STRIKES(SETITIMER) ? -1 : real(which, value, old);
+}
+
+void *malloc(size_t size) {
+    REAL(malloc);
+    return STRIKES(MALLOC) ? NULL : real(size);
+}
+
+void *calloc(size_t count, size_t size) {
+    REAL(calloc);
+    return STRIKES(CALLOC) ? NULL : real(count, size);
+}
+
+void *realloc(void *memory, size_t size) {
+    REAL(realloc);
+    return STRIKES(REALLOC) ? NULL : real(memory, size);
+}

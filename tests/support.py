@@ -1,0 +1,197 @@
+"""Shorthands for the tests of callbacks, timeouts, threads and signals."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sysconfig
+import threading
+import time
+
+from helpers import pair
+
+FOREVER = 3600
+
+
+class Exit(BaseException):
+    """What is no Exception, and leaves start()."""
+
+
+def fail(error=ValueError):
+    """Raise an exception, an instance or a class."""
+    raise error
+
+
+# -- Hostile objects -----------------------------------------------------------
+
+
+class Hostile:
+    """Whatever is asked of it beyond a call, it fails."""
+
+    def __init__(self, error=None):
+        self.error = error
+
+    def __call__(self, *args):
+        if self.error:
+            raise self.error
+        return self
+
+    def broken(self, *args):
+        raise RuntimeError("hostile")
+
+    __repr__ = __str__ = __eq__ = __bool__ = __len__ = __iter__ = broken
+    __hash__ = None
+
+
+class Raises(Exception):
+    """An exception that can't even be shown."""
+
+    def __str__(self):
+        raise RuntimeError("hostile")
+
+    __repr__ = __str__
+
+
+# -- Threads -------------------------------------------------------------------
+
+
+class Thread(threading.Thread):
+    """A started daemon; join() answers what its target returned, or raises."""
+
+    def __init__(self, target, *args):
+        super().__init__(daemon=True)
+        self.call = target, args
+        self.result = self.error = None
+        self.start()
+
+    def run(self):
+        target, args = self.call
+        try:
+            self.result = target(*args)
+        except BaseException as error:
+            self.error = error
+        finally:
+            del self.call, target, args
+
+    def join(self, timeout=30):
+        super().join(timeout)
+        assert not self.is_alive(), "the thread does not end"
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        return self.result
+
+
+def in_thread(target, *args):
+    """Call `target` in another thread; return what it does, or raise."""
+    return Thread(target, *args).join()
+
+
+def at_once(count, target, *args):
+    """Call `target` in `count` threads that start together; their results."""
+    barrier = threading.Barrier(count)
+
+    def run():
+        barrier.wait()
+        return target(*args)
+
+    return [thread.join() for thread in [Thread(run) for _ in range(count)]]
+
+
+def wait_until(done, seconds=30):
+    """Wait for another thread or process to get somewhere."""
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.0002)
+
+
+def is_asleep(thread):
+    """Whether a thread waits in a system call that is not for a lock."""
+    try:
+        with open(f"/proc/self/task/{thread.native_id}/syscall") as state:
+            number = state.read().split()[0]
+    except OSError:
+        return False
+    futex = {"x86_64": "202", "aarch64": "98"}[os.uname().machine]
+    return number not in ("running", "-1", futex)
+
+
+@contextlib.contextmanager
+def sleeping(loop):
+    """A thread that runs `loop`, asleep in the poll; stopped at the end."""
+    native_id = threading.Event()
+    loop.add_callback(native_id.set)
+    thread = Thread(loop.start)
+    try:
+        native_id.wait()
+        wait_until(lambda: is_asleep(thread))
+        yield thread
+    finally:
+        loop.stop()
+        thread.join()
+
+
+# -- Signals -------------------------------------------------------------------
+
+_libc = ctypes.CDLL(None)
+
+
+def pend(number):
+    """Raise a signal without running its Python handler on the way.
+
+    To be queued as it is, without a Python function around it: the next point
+    at which the interpreter or the loop looks for signals is theirs.
+    """
+    return _libc["raise"], number
+
+
+@contextlib.contextmanager
+def on_signal(number, handler):
+    """A signal's handler inside the block."""
+    old = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, old)
+
+
+@contextlib.contextmanager
+def alarm(seconds, handler, interval=0.0):
+    """SIGALRM's handler and the timer that raises it inside the block."""
+    with on_signal(signal.SIGALRM, handler):
+        signal.setitimer(signal.ITIMER_REAL, seconds, interval)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def compile_library(source, target):
+    """Compile C for LD_PRELOAD or ctypes."""
+    command = [
+        *sysconfig.get_config_var("CC").split(),
+        *("-shared", "-fPIC", "-O1", str(source), "-o", str(target), "-ldl"),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    return target
+
+
+# -- I/O -----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def readable():
+    """A socket with something to read, and its peer."""
+    with pair() as (a, b):
+        b.send(b"x")
+        yield a, b
+
+
+def drain(sock):
+    """Read what is there."""
+    with contextlib.suppress(BlockingIOError, socket.timeout):
+        while sock.recv(65536):
+            pass

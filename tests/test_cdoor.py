@@ -1,0 +1,1344 @@
+"""The C-level door: what a Cython or C extension gets from ioloop.pxd.
+
+The extensions are built against the ioloop that is installed, once for each state of
+the sources.  cdoor_client.pyx calls every function of the door from Python; for the
+fake kqueue it is loaded once more, bound to that build of the module.
+"""
+
+import contextlib
+import errno
+import gc
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+import weakref
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from helpers import (
+    ERROR,
+    NONE,
+    READ,
+    WRITE,
+    FakeClock,
+    Recorder,
+    idle,
+    pair,
+    pairs,
+    pipe,
+    run_python,
+    run_until,
+    turn,
+)
+from support import FOREVER, Exit, Thread, fail, in_thread, readable, sleeping
+
+import ioloop
+
+HERE = Path(__file__).parent
+EXAMPLE = HERE.parent / "examples" / "c_echo"
+PXD = Path(ioloop.__file__).with_name("ioloop.pxd")
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+
+MS = 1_000_000
+NEVER = 2**63 - 1
+
+
+# -- Building ------------------------------------------------------------------
+
+
+def run(*command, **options):
+    done = subprocess.run(
+        [*map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+    if done.returncode:
+        pytest.fail(f"{command}\n{done.stdout}", False)
+
+
+def compile_c(source, directory):
+    run(
+        *sysconfig.get_config_var("CC").split(),
+        *("-shared", "-fPIC", "-O1", "-pthread", "-Wall", "-Werror"),
+        *("-Wno-unused-function", f"-I{sysconfig.get_path('include')}"),
+        *(source, "-o", directory / f"{source.stem}{SUFFIX}"),
+    )
+
+
+def compile_cython(source, directory, include):
+    c_file = directory / f"{source.stem}.c"
+    command = ["-m", "cython", "-Werror", "-I", include, source, "-o", c_file]
+    run(sys.executable, *command, cwd=directory)
+    compile_c(c_file, directory)
+
+
+@pytest.fixture(scope="session")
+def cached(request):
+    """`cached(name, sources, build)`: a directory that `build(directory)` has filled.
+
+    It is kept for as long as the sources, ioloop.pxd and the tools are the same.
+    """
+    cache = request.config.cache.mkdir("cdoor")
+    tools = importlib.import_module("Cython").__version__, sys.version
+
+    def get(name, sources, build):
+        digest = hashlib.sha256(repr(tools).encode())
+        for source in [PXD, *sources]:
+            digest.update(source.read_bytes() if isinstance(source, Path) else source)
+        target = cache / f"{name}-{digest.hexdigest()[:16]}"
+        if not target.exists():
+            for stale in cache.glob(f"{name}-*"):
+                shutil.rmtree(stale)
+            work = cache / f"build-{os.getpid()}"
+            work.mkdir()
+            try:
+                build(work)
+                work.rename(target)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+        return target
+
+    return get
+
+
+def load(path):
+    """Import an extension from its file, and from there each time anew."""
+    name = path.name.partition(".")[0]
+    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    gc.collect()
+    gc.freeze()
+    return module
+
+
+@pytest.fixture(scope="session")
+def clients(cached, tmp_path_factory):
+    """`clients(module)`: cdoor_client, bound to that build of ioloop."""
+    source = HERE / "cdoor_client.pyx"
+    directory = cached(
+        "client", [source], lambda work: compile_cython(source, work, PXD.parent)
+    )
+    path = directory / f"cdoor_client{SUFFIX}"
+    loaded = {}
+
+    def get(module):
+        if module not in loaded:
+            copy = tmp_path_factory.mktemp("client") / path.name
+            shutil.copy(path, copy)
+            with mock.patch.dict(sys.modules, ioloop=module):
+                loaded[module] = load(copy)
+        return loaded[module]
+
+    get(ioloop)
+    return get
+
+
+@pytest.fixture
+def client(poller, clients):
+    return clients(poller.module)
+
+
+# -- Shorthands ----------------------------------------------------------------
+
+
+class Owner:
+    """What the loop keeps alive: it can be called, and referred to weakly."""
+
+    def __init__(self, function=lambda *args: None):
+        self.function = function
+
+    def __call__(self, *args):
+        return self.function(*args)
+
+
+@pytest.fixture
+def log():
+    return []
+
+
+@pytest.fixture
+def noting(log):
+    """`noting(what)`: a function that appends `what` to the log, and is kept alive."""
+    made = []
+
+    def make(what):
+        made.append(lambda *args: log.append(what))
+        return made[-1]
+
+    yield make
+
+
+def hook(loop):
+    """Record the calls of handle_callback_exception: (owner, type of exception)."""
+    calls = []
+    loop.handle_callback_exception = lambda owner: calls.append(
+        (owner, sys.exc_info()[0])
+    )
+    return calls
+
+
+# -- Handlers ------------------------------------------------------------------
+
+
+def test_constants_are_those_of_python(client, poller):
+    cls = poller.module.IOLoop
+    assert client.CONSTANTS == {name: getattr(cls, name) for name in client.CONSTANTS}
+
+
+def test_handler_gets_loop_fd_and_events(client, loop, log):
+    function = Owner(lambda *args: log.append(args))
+    with pair() as (a, b):
+        client.add_handler(loop, a.fileno(), READ, function, None)
+        turn(loop)
+        assert log == []
+        b.send(b"x")
+        turn(loop, 2)  # level-triggered: nobody has read
+        assert log == [(loop, a.fileno(), READ)] * 2
+        a.recv(1)
+        turn(loop)
+        assert len(log) == 2
+        client.remove_handler(loop, a.fileno())
+
+
+def test_handler_gets_its_arg(client, loop):
+    with readable() as (a, _), readable() as (b, _):
+        args = [client.Arg(), client.Arg()]
+        args[0].handle(loop, a.fileno())
+        args[1].handle(loop, b.fileno())
+        turn(loop, 2)
+        client.remove_handler(loop, a.fileno())
+        turn(loop, 3)
+        assert [arg.value for arg in args] == [2, 5]
+
+
+def test_update_handler(client, loop):
+    calls = Recorder()
+    function = Owner(lambda loop, fd, events: calls(fd, events))
+    with readable() as (a, _):
+        fd = a.fileno()
+        client.add_handler(loop, fd, WRITE, function, function)
+        turn(loop)
+        assert calls.take() == [(fd, WRITE)]
+        client.update_handler(loop, fd, READ)
+        turn(loop)
+        assert calls.take() == [(fd, READ)]
+        client.update_handler(loop, fd, READ | WRITE)
+        turn(loop)
+        assert calls.take() == [(fd, READ | WRITE)]
+
+
+def test_error_is_told(client, loop, poller):
+    calls = Recorder()
+    function = Owner(lambda loop, fd, events: calls(fd, events))
+    with pipe() as (reader, writer):
+        client.add_handler(loop, writer, WRITE, function, function)
+        os.close(reader)
+        turn(loop)
+        ((fd, events),) = calls.take()
+        assert fd == writer
+        assert events & (WRITE if poller.name == "select" else ERROR)
+        client.remove_handler(loop, writer)
+
+
+def test_events_of_none_hear_nothing(client, loop, log, noting):
+    with pair() as (a, b):
+        fd = a.fileno()
+        client.add_handler(loop, fd, NONE, noting("called"), None)
+        b.send(b"x")
+        b.close()
+        idle(loop)
+        assert log == []
+        assert loop.stats()["handlers"] == 1
+        client.update_handler(loop, fd, READ)
+        turn(loop)
+        client.update_handler(loop, fd, NONE)
+        idle(loop)
+        assert log == ["called"]
+
+
+def test_handler_removes_itself(client, loop, log):
+    with readable() as (a, _):
+
+        def function(loop, fd, events):
+            log.append(fd)
+            client.remove_handler(loop, fd)
+
+        client.add_handler(loop, a.fileno(), READ, function, None)
+        turn(loop, 3)
+        assert log == [a.fileno()]
+        client.remove_handler(loop, a.fileno())
+
+
+def test_handler_removes_all_others(client, loop, log):
+    """None of them is called any more, though all were found ready together."""
+    with pairs(20) as made:
+
+        def function(loop, fd, events):
+            log.append(fd)
+            for a, _ in made:
+                client.remove_handler(loop, a.fileno())
+
+        for a, b in made:
+            b.send(b"x")
+            client.add_handler(loop, a.fileno(), READ, function, None)
+        turn(loop, 3)
+        assert len(log) == 1
+
+
+def test_tables_grow_while_a_handler_runs(client, loop, log, noting):
+    with pair() as (a, _), pairs(200) as made:
+
+        def function(loop, fd, events):
+            for sock, _ in made:
+                client.add_handler(loop, sock.fileno(), READ, noting("no"), None)
+            client.update_handler(loop, fd, NONE)
+            log.append(events)
+
+        client.add_handler(loop, a.fileno(), WRITE, function, None)
+        turn(loop, 3)
+        assert log == [WRITE]
+
+
+def test_python_manages_what_c_has_added(client, loop, log, noting):
+    """There is one table: each side finds what the other has added."""
+    with readable() as (a, _):
+        client.add_handler(loop, a.fileno(), NONE, noting("C"), None)
+        with pytest.raises(FileExistsError):
+            loop.add_handler(a, log.append, READ)
+        loop.update_handler(a, READ)
+        turn(loop)
+        loop.remove_handler(a)
+        loop.add_handler(a, lambda *args: log.append("Python"), NONE)
+        with pytest.raises(FileExistsError):
+            client.add_handler(loop, a.fileno(), READ, noting("no"), None)
+        client.update_handler(loop, a.fileno(), READ)
+        turn(loop)
+        client.remove_handler(loop, a.fileno())
+        turn(loop)
+        assert log == ["C", "Python"]
+
+
+def test_descriptor_used_again(client, loop, log, noting):
+    """What was registered for a closed fd hears nothing of its number's next user."""
+    with pair() as (a, b), readable() as (c, _):
+        fd = a.fileno()
+        client.add_handler(loop, fd, READ, noting("first"), None)
+        os.dup2(c.fileno(), fd)
+        client.add_handler(loop, fd, READ, noting("second"), None)
+        turn(loop)
+        assert log == ["second"]
+        client.remove_handler(loop, fd)
+
+
+def test_handler_errors(client, loop, noting):
+    function = noting("called")
+    with pair() as (a, _), open(__file__) as file:
+        client.add_handler(loop, a.fileno(), READ, function, None)
+        with pytest.raises(FileExistsError):
+            client.add_handler(loop, a.fileno(), READ, function, None)
+        with pytest.raises(PermissionError):
+            client.add_handler(loop, file.fileno(), READ, function, None)
+        with pytest.raises(FileNotFoundError):
+            client.update_handler(loop, file.fileno(), READ)
+        with pytest.raises(ValueError):
+            client.add_handler(loop, -1, READ, function, None)
+        with pytest.raises(ValueError):
+            client.add_nothing(loop, "handler")
+        number = os.dup(0)
+        os.close(number)
+        with pytest.raises(OSError) as caught:
+            client.add_handler(loop, number, READ, function, None)
+        assert caught.value.errno == errno.EBADF
+        assert loop.stats()["handlers"] == 1
+        client.remove_handler(loop, number)
+        client.remove_handler(loop, a.fileno())
+
+
+def test_negative_descriptors(client, loop):
+    """What a C client has left when it has closed its own."""
+    for fd in (-1, -1000, -(2**31)):
+        client.remove_handler(loop, fd)
+        with pytest.raises((FileNotFoundError, ValueError)):
+            client.update_handler(loop, fd, READ)
+
+
+def test_handler_owner(client, loop):
+    """It lives for as long as the registration, and no longer."""
+    with pair() as (a, _), pair() as (b, _):
+        for sock in (a, b):
+            owner = Owner()
+            owned = weakref.ref(owner)
+            client.add_handler(loop, sock.fileno(), READ, owner, owner)
+            refused = Owner()
+            refusal = weakref.ref(refused)
+            with pytest.raises(FileExistsError):
+                client.add_handler(loop, sock.fileno(), READ, refused, refused)
+            del owner, refused
+            assert refusal() is None
+            client.update_handler(loop, sock.fileno(), NONE)
+            assert owned() is not None
+            if sock is a:
+                client.remove_handler(loop, a.fileno())
+                assert owned() is None
+        loop.close()
+        assert owned() is None
+
+
+def test_handler_owner_lives_while_it_is_called(client, loop, log):
+    with readable() as (a, _):
+
+        def function(loop, fd, events):
+            client.remove_handler(loop, fd)
+            gc.collect()
+            log.append(owned() is not None)
+
+        owner = Owner(function)
+        owned = weakref.ref(owner)
+        client.add_handler(loop, a.fileno(), READ, owner, owner)
+        del owner, function
+        turn(loop)
+        assert log == [True]
+        assert owned() is None
+
+
+def test_handler_on_a_python_poller(clients, log):
+    client = clients(ioloop)
+    function = Owner(lambda loop, fd, events: log.append((fd, events)))
+    with ioloop.IOLoop(select.epoll()) as loop, readable() as (a, _):
+        client.add_handler(loop, a.fileno(), READ, function, function)
+        turn(loop)
+        client.remove_handler(loop, a.fileno())
+        turn(loop)
+        assert log == [(a.fileno(), READ)]
+
+
+# -- Timers --------------------------------------------------------------------
+
+
+@pytest.fixture
+def timed(make_loop):
+    """A loop on a fake clock, which is its `clock`."""
+    clock = FakeClock()
+    loop = make_loop(time_func=clock)
+    loop.clock = clock
+    return loop
+
+
+def advance(loop, nanoseconds):
+    loop.clock.advance(nanoseconds / 1e9)
+    turn(loop)
+
+
+def test_timer(client, timed, log, noting):
+    timer = client.new_timer(timed, noting("fired"), None)
+    advance(timed, 100 * MS)
+    assert (log, timed.next_timeout()) == ([], None)
+    for _ in range(3):
+        client.start_timer(timer, 10 * MS)
+        assert timed.next_timeout() == pytest.approx(0.01, abs=1e-6)
+        advance(timed, 9 * MS)
+        assert log == []
+        advance(timed, 2 * MS)
+        assert log == ["fired"]
+        advance(timed, 100 * MS)
+        assert log == ["fired"]
+        log.clear()
+    assert timed.stats()["timeouts"] == 3
+
+
+def test_timer_is_never_early(client, loop, log):
+    def function(loop):
+        log.append(time.monotonic_ns())
+        loop.stop()
+
+    timer = client.new_timer(loop, function, None)
+    for delay in (50_000, MS, 5 * MS):
+        before = time.monotonic_ns()
+        client.start_timer(timer, delay)
+        loop.start()
+        assert log.pop() - before >= delay
+
+
+def test_starting_again_moves_it(client, timed, log, noting):
+    timer = client.new_timer(timed, noting("fired"), None)
+    client.start_timer(timer, 10 * MS)
+    client.start_timer(timer, 30 * MS)
+    assert timed.stats()["pending_timeouts"] == 1
+    advance(timed, 20 * MS)
+    assert log == []
+    client.start_timer(timer, 5 * MS)
+    advance(timed, 6 * MS)
+    assert log == ["fired"]
+    advance(timed, 100 * MS)
+    assert log == ["fired"]
+
+
+def test_stop_timer(client, timed, log, noting):
+    timer = client.new_timer(timed, noting("fired"), None)
+    client.stop_timer(timer)
+    client.start_timer(timer, MS)
+    client.stop_timer(timer)
+    client.stop_timer(timer)
+    assert timed.stats()["pending_timeouts"] == 0
+    advance(timed, 10 * MS)
+    assert log == []
+    client.start_timer(timer, MS)
+    advance(timed, 2 * MS)
+    client.stop_timer(timer)
+    assert log == ["fired"]
+
+
+def test_timers_and_timeouts_fire_in_one_order(client, timed):
+    """By (deadline, order of adding), and it is starting that adds."""
+    log, kept, expected = [], [], []
+    for number, milliseconds in enumerate([5, 2, 5, 2, 9, 2, 5, 9, 0, 0, 5, 2]):
+        expected.append((milliseconds, number))
+
+        def function(*args, what=expected[-1]):
+            log.append(what)
+
+        if number % 3:
+            timer = client.new_timer(timed, function, function)
+            client.start_timer(timer, NEVER)
+            client.start_timer(timer, milliseconds * MS)
+            kept.append(timer)
+        else:
+            timed.call_later(milliseconds / 1000, function)
+    advance(timed, 20 * MS)
+    assert log == sorted(expected)
+
+
+def test_starting_again_is_adding_anew(client, timed, log, noting):
+    timers = [client.new_timer(timed, noting(name), None) for name in "abc"]
+    for timer in timers:
+        client.start_timer(timer, MS)
+    timed.call_later(0.001, log.append, "Python")
+    client.start_timer(timers[0], MS)
+    advance(timed, 2 * MS)
+    assert log == ["b", "c", "Python", "a"]
+
+
+@pytest.mark.parametrize("delay", [0, 1, -1, -MS, -(2**63)])
+def test_started_while_timers_run_waits_for_the_next_pass(
+    client, timed, log, noting, delay
+):
+    def start_all(loop):
+        log.append("again")
+        for timer in timers:
+            client.start_timer(timer, delay)
+
+    timers = [client.new_timer(timed, start_all, None)]
+    timers.append(client.new_timer(timed, noting("other"), None))
+    timers.append(client.new_timer(timed, start_all, None))
+    client.start_timer(timers[0], 0)
+    advance(timed, MS)
+    for _ in range(3):
+        assert log == ["again"]
+        log.clear()
+        # The last one goes on: not all of them, for they start each other.
+        client.stop_timer(timers[1])
+        client.stop_timer(timers[2])
+        advance(timed, MS)
+    client.stop_timer(timers[0])
+    log.clear()
+    client.start_timer(timers[1], delay)
+    client.start_timer(timers[0], delay)
+    client.start_timer(timers[2], delay)
+    advance(timed, MS)
+    # Moved by the first of them that ran, the last did not: it is for the next.
+    assert log == ["other", "again"]
+    client.stop_timer(timers[0])
+    advance(timed, MS)
+    assert log == ["other", "again", "other", "again"]
+
+
+def test_stopped_in_the_same_pass_does_not_fire(client, timed, log):
+    def stop_all(loop):
+        log.append("fired")
+        for timer in timers:
+            client.stop_timer(timer)
+        handle.cancel()
+
+    timers = [client.new_timer(timed, stop_all, None) for _ in range(20)]
+    handle = timed.call_later(0, log.append, "Python")
+    timed.remove_timeout(handle)
+    for timer in timers:
+        client.start_timer(timer, MS)
+    handle = timed.call_later(0.001, log.append, "Python")
+    advance(timed, 5 * MS)
+    advance(timed, 5 * MS)
+    assert log == ["fired"]
+
+
+def test_delays_without_end(client, timed, log, noting):
+    timer = client.new_timer(timed, noting("fired"), None)
+    client.start_timer(timer, NEVER)
+    assert timed.next_timeout() is None or timed.next_timeout() > 1e9
+    advance(timed, FOREVER * 1000 * MS)
+    assert log == []
+    client.start_timer(timer, -NEVER - 1)
+    assert timed.next_timeout() == 0
+    turn(timed)
+    assert log == ["fired"]
+
+
+def test_timer_owner(client, timed):
+    """The loop keeps what is armed, and the timer its owner."""
+    owner = Owner()
+    owned = weakref.ref(owner)
+    timer = client.new_timer(timed, owner, owner)
+    del owner
+    client.start_timer(timer, MS)
+    del timer
+    gc.collect()
+    assert owned() is not None
+    advance(timed, 2 * MS)
+    assert owned() is None
+
+    owner = Owner()
+    owned = weakref.ref(owner)
+    timer = client.new_timer(timed, owner, owner)
+    del owner
+    client.start_timer(timer, MS)
+    client.stop_timer(timer)
+    assert owned() is not None
+    del timer
+    assert owned() is None
+
+
+def test_timer_owner_at_close(client, loop):
+    owner = Owner()
+    owned = weakref.ref(owner)
+    client.start_timer(client.new_timer(loop, owner, owner), NEVER)
+    del owner
+    loop.close()
+    assert owned() is None
+
+
+def test_timer_that_its_owner_holds_is_collected(client, make_loop):
+    owner = Owner()
+    owned = weakref.ref(owner)
+    owner.loop = make_loop()
+    owner.timer = client.new_timer(owner.loop, owner, owner)
+    client.start_timer(owner.timer, NEVER)
+    owner.loop.close()
+    del owner
+    gc.collect()
+    assert owned() is None
+
+
+def test_timer_after_close(client, loop, log, noting):
+    timers = [client.new_timer(loop, noting("fired"), None) for _ in range(2)]
+    client.start_timer(timers[0], NEVER)
+    loop.close()
+    for timer in timers:
+        client.stop_timer(timer)
+        with pytest.raises(RuntimeError):
+            client.start_timer(timer, 0)
+    assert log == []
+
+
+def test_timer_outlives_its_loop(client, make_loop, noting):
+    loop = make_loop()
+    timers = [client.new_timer(loop, noting("fired"), None) for _ in range(2)]
+    client.start_timer(timers[0], NEVER)
+    loop.close()
+    gone = weakref.ref(loop)
+    del loop, make_loop
+    for timer in timers:
+        client.stop_timer(timer)
+        with pytest.raises(RuntimeError):
+            client.start_timer(timer, 0)
+        repr(timer)
+    del gone
+
+
+def test_timer_on_a_clock_that_fails(client, make_loop, log, noting):
+    """A call that fails changes nothing."""
+    clock = FakeClock()
+    loop = make_loop(time_func=lambda: clock() if clock.now else fail(OSError))
+    timer = client.new_timer(loop, noting("fired"), None)
+    client.start_timer(timer, MS)
+    now, clock.now = clock.now, 0
+    with pytest.raises(OSError):
+        client.start_timer(timer, FOREVER)
+    clock.now = now + 1
+    turn(loop)
+    assert log == ["fired"]
+
+
+def test_timer_on_a_clock_that_interferes(client, make_loop, log, noting):
+    """The clock is the user's code, which may start, stop or close as well."""
+    tricks = []
+
+    def clock():
+        if tricks:
+            tricks.pop()()
+        return 1000.0
+
+    loop = make_loop(time_func=clock)
+    timer = client.new_timer(loop, noting("fired"), None)
+    for trick in (
+        lambda: client.start_timer(timer, 0),
+        lambda: client.stop_timer(timer),
+    ):
+        client.start_timer(timer, MS)
+        tricks.append(trick)
+        client.start_timer(timer, 0)
+        assert loop.stats()["pending_timeouts"] == 1
+        turn(loop, 2)
+        assert log == ["fired"]
+        log.clear()
+    tricks.append(loop.close)
+    with pytest.raises(RuntimeError):
+        client.start_timer(timer, 0)
+
+
+def test_not_a_timer(client, loop):
+    handle = loop.call_later(FOREVER, int)
+    for timer in (None, 1, object(), loop, handle):
+        with pytest.raises(TypeError):
+            client.start_timer(timer, 0)
+        with pytest.raises(TypeError):
+            client.stop_timer(timer)
+    with pytest.raises(ValueError):
+        client.add_nothing(loop, "timer")
+
+
+# -- The callback queue --------------------------------------------------------
+
+
+def adders(client, loop):
+    """The three ways into the queue, each to be called with a function."""
+    door = client.Door(loop)
+    return [
+        lambda function: client.add_callback(loop, function),
+        lambda function: loop.add_callback(function, loop),
+        door.post,
+    ]
+
+
+def test_callbacks_run_in_one_order(client, loop, log, noting):
+    ways = adders(client, loop)
+    for number in range(1000):
+        ways[number * number % 7 % 3](noting(number))
+    assert loop.stats()["pending_callbacks"] == 1000
+    turn(loop)
+    assert log == [*range(1000)]
+    assert loop.stats()["pending_callbacks"] == 0
+    assert loop.stats()["callbacks"] >= 1000
+
+
+def test_a_callback_of_a_callback_runs_in_the_next_iteration(client, loop, log, noting):
+    ways = adders(client, loop)
+    next_one = noting("next")
+
+    def again(loop):
+        log.append(loop.stats()["iterations"])
+        for way in ways:
+            way(next_one)
+        if len(log) == 1:
+            ways[0](again)
+            ways[1](again)
+            ways[2](again)
+
+    first = loop.stats()["iterations"]
+    ways[0](again)
+    turn(loop)
+    assert log == [first + 1]
+    turn(loop)
+    assert log[1:] == ["next"] * 3 + [first + 2] * 3
+    turn(loop)
+    assert log[7:] == ["next"] * 9
+
+
+def test_a_chain_starves_nobody(client, loop, log):
+    """C callbacks that go on for ever, and still there are timeouts and I/O."""
+    counter = client.Counter()
+    with readable() as (a, _):
+        loop.add_handler(a, lambda *args: (log.append("I/O"), loop.stop()), READ)
+        client.play_callback(loop, counter)
+        loop.start()
+        loop.remove_handler(a)
+        loop.call_later(0.001, loop.stop)
+        loop.start()
+        assert log
+        assert counter.value > 10
+
+
+def test_callback_from_other_threads(client, loop, log, noting):
+    ways = adders(client, loop)
+    with sleeping(loop):
+        for number, way in enumerate(ways):
+            done = threading.Event()
+            function = Owner(lambda loop, done=done: done.set())
+            in_thread(way, function)
+            assert done.wait(10), number
+
+
+def test_post_wakes_a_loop_that_sleeps(client, loop):
+    counter = client.Counter()
+    door = client.Door(loop)
+    with sleeping(loop):
+        for number in range(1, 200):
+            assert client.Posters(door, counter, 1, 1).join() == 0
+            end = time.monotonic() + 10
+            while counter.value < number:
+                assert time.monotonic() < end, "the loop has not woken up"
+    assert counter.value == 199
+
+
+def test_post_from_threads_without_the_gil(client, loop):
+    """Four threads of C and two of Python: no callback is lost or run twice."""
+    counter = client.Counter()
+    posted, added, calls = 4 * 50_000, 2 * 5_000, []
+    posters = client.Posters(client.Door(loop), counter, 4, posted // 4)
+
+    def add():
+        for _ in range(added // 2):
+            loop.add_callback(calls.append, None)
+
+    threads = [Thread(add) for _ in range(2)]
+    try:
+        end = time.monotonic() + 30
+        while counter.value < posted or len(calls) < added:
+            assert time.monotonic() < end, (counter.value, len(calls))
+            loop.run_once(0.01)
+    finally:
+        assert posters.join() == 0
+        for thread in threads:
+            thread.join()
+    turn(loop)
+    assert (counter.value, len(calls)) == (posted, added)
+
+
+def test_posts_while_the_ring_grows(client, make_loop):
+    """The loop takes what is first while threads make room for more."""
+    for _ in range(3):
+        loop = make_loop()
+        counter = client.Counter(4 * 20_000)
+        posters = client.Posters(client.Door(loop), counter, 4, 20_000)
+        loop.start()
+        assert posters.join() == 0
+        turn(loop)
+        assert counter.value == 80_000
+
+
+def test_queue_after_close(client, loop, log, noting):
+    """What is queued is dropped, and no more is taken."""
+    ways = adders(client, loop)
+    for way in ways:
+        way(noting("called"))
+    counter = client.Counter()
+    door = client.Door(loop)
+    loop.close()
+    assert door.post(noting("called")) == errno.ESHUTDOWN
+    assert client.Posters(door, counter, 2, 100).join() == errno.ESHUTDOWN
+    for way in ways[:2]:
+        with pytest.raises(RuntimeError):
+            way(noting("called"))
+    assert (log, counter.value) == ([], 0)
+
+
+def test_close_while_threads_post(client, make_loop):
+    for _ in range(20):
+        loop = make_loop()
+        counter = client.Counter()
+        posters = client.Posters(client.Door(loop), counter, 2, 20_000)
+        turn(loop, 2)
+        loop.close()
+        assert posters.join() in (0, errno.ESHUTDOWN)
+
+
+def test_no_function(client, loop):
+    with pytest.raises(ValueError):
+        client.add_nothing(loop, "callback")
+    assert client.Door(loop).post_nothing() == errno.EINVAL
+
+
+# -- Exceptions ----------------------------------------------------------------
+
+
+def test_exceptions_reach_the_hook_with_the_owner(client, loop):
+    calls = hook(loop)
+    function, owner = Owner(lambda *args: fail(KeyError)), object()
+    with readable() as (a, _):
+        client.add_handler(loop, a.fileno(), READ, function, owner)
+        turn(loop)
+        client.remove_handler(loop, a.fileno())
+    assert calls == [(owner, KeyError)]
+    timer = client.new_timer(loop, function, owner)
+    client.start_timer(timer, 0)
+    turn(loop)
+    assert calls[1:] == [(owner, KeyError)]
+    client.add_callback(loop, function)
+    client.Door(loop).post(function)
+    turn(loop)
+    assert calls[2:] == [(None, KeyError)] * 2
+    assert sys.exc_info() == (None, None, None)
+
+
+def test_exceptions_are_logged(client, loop, expect_log):
+    client.add_callback(loop, fail_with_key := Owner(lambda loop: fail(KeyError)))
+    turn(loop)
+    expect_log.take("Exception in callback None", KeyError)
+    timer = client.new_timer(loop, fail_with_key, "the owner")
+    client.start_timer(timer, 0)
+    turn(loop)
+    expect_log.take("Exception in callback 'the owner'", KeyError)
+
+
+def test_broken_pipe_of_a_handler_is_ignored(client, loop):
+    """As it is with Python's handlers."""
+    calls = hook(loop)
+    with readable() as (a, _):
+        function = Owner(lambda *args: fail(BrokenPipeError(errno.EPIPE, "")))
+        client.add_handler(loop, a.fileno(), READ, function, None)
+        turn(loop)
+        client.remove_handler(loop, a.fileno())
+    assert calls == []
+
+
+def test_what_is_no_exception_leaves_start(client, loop, log, noting):
+    """And nothing that waits is lost."""
+    calls = hook(loop)
+    exits = Owner(lambda *args: fail(Exit))
+    client.add_callback(loop, exits)
+    client.add_callback(loop, noting("callback"))
+    client.Door(loop).post(noting("post"))
+    timers = [client.new_timer(loop, exits, None)]
+    timers.append(client.new_timer(loop, noting("timer"), None))
+    for timer in timers:
+        client.start_timer(timer, 0)
+    with pairs(3) as made:
+        for number, (a, b) in enumerate(made):
+            b.send(b"x")
+            function = Owner(
+                lambda loop, fd, events, number=number: (
+                    client.remove_handler(loop, fd),
+                    log.append(number),
+                    fail(Exit),
+                )
+            )
+            client.add_handler(loop, a.fileno(), READ, function, function)
+        client.add_callback(loop, noting("last"))
+        for _ in range(5):
+            with pytest.raises(Exit):
+                loop.start()
+        loop.add_callback(loop.stop)
+        loop.start()
+    assert log[:4] == ["callback", "post", "last", "timer"]
+    assert sorted(log[4:]) == [0, 1, 2]
+    assert calls == []
+
+
+# -- Wrong loops, wrong threads ------------------------------------------------
+
+
+def calls_of(client, loop, fd, function):
+    """Everything that takes a loop, by name; all valid for an open one."""
+    return {
+        "add_handler": lambda: client.add_handler(loop, fd, READ, function, None),
+        "update_handler": lambda: client.update_handler(loop, fd, READ),
+        "remove_handler": lambda: client.remove_handler(loop, fd),
+        "new_timer": lambda: client.new_timer(loop, function, None),
+        "add_callback": lambda: client.add_callback(loop, function),
+        "door": lambda: client.Door(loop),
+    }
+
+
+def test_not_a_loop(client, poller, noting):
+    cls = poller.module.IOLoop
+    with pair() as (a, _):
+        for what in (None, 1, object(), cls, mock.create_autospec(cls)):
+            for call in calls_of(client, what, a.fileno(), noting("no")).values():
+                with pytest.raises(TypeError):
+                    call()
+
+
+def test_a_loop_of_another_build(clients, fake_kqueue, noting):
+    client = clients(ioloop)
+    with fake_kqueue.IOLoop() as loop, pair() as (a, _):
+        for call in calls_of(client, loop, a.fileno(), noting("no")).values():
+            with pytest.raises(TypeError):
+                call()
+
+
+def test_a_loop_without_init(client, poller, noting):
+    loop = poller.module.IOLoop.__new__(poller.module.IOLoop)
+    with pair() as (a, _):
+        for call in calls_of(client, loop, a.fileno(), noting("no")).values():
+            with pytest.raises(RuntimeError):
+                call()
+
+
+def test_a_subclass_is_a_loop(client, make_loop, poller, log, noting):
+    loop = make_loop(type("Loop", (poller.module.IOLoop,), {}))
+    client.add_callback(loop, noting("called"))
+    turn(loop)
+    assert log == ["called"]
+
+
+def test_closed_loop(client, loop, noting):
+    with pair() as (a, _):
+        loop.close()
+        for call in calls_of(client, loop, a.fileno(), noting("no")).values():
+            with pytest.raises(RuntimeError, match="closed"):
+                call()
+
+
+def test_wrong_thread(client, loop, log, noting):
+    with pair() as (a, _), pair() as (b, _):
+        function = noting("called")
+        client.add_handler(loop, a.fileno(), READ, function, None)
+        timers = [client.new_timer(loop, function, None) for _ in range(2)]
+        client.start_timer(timers[0], NEVER)
+        with sleeping(loop):
+            before = loop.stats()
+            for refused in (
+                lambda: client.add_handler(loop, b.fileno(), READ, function, None),
+                lambda: client.update_handler(loop, a.fileno(), WRITE),
+                lambda: client.remove_handler(loop, a.fileno()),
+                lambda: client.start_timer(timers[0], 0),
+                lambda: client.start_timer(timers[1], 0),
+                lambda: client.stop_timer(timers[0]),
+            ):
+                with pytest.raises(RuntimeError, match="thread"):
+                    refused()
+            after = loop.stats()
+            for key in ("pending_timeouts", "handlers"):
+                assert before[key] == after[key]
+        assert log == []
+        client.remove_handler(loop, a.fileno())
+
+
+# -- No Python object for an event ---------------------------------------------
+
+
+@pytest.mark.parametrize("play", ["handlers", "timer", "callback"])
+def test_no_object_is_made(client, loop, poller, play):
+    if play == "handlers" and poller.name == "kqueue":
+        pytest.skip("_KQueue makes a dict for each poll, in which it merges filters")
+    # What sleeps is slower, and so are the other pollers.
+    events = 5_000 if play == "timer" else 100_000 if poller.name == "epoll" else 20_000
+    counter = client.Counter(events)
+    with pair() as (a, b):
+        if play == "handlers":
+            client.play_handlers(loop, counter, a.fileno(), b.fileno())
+        elif play == "timer":
+            timer = client.play_timer(loop, counter)
+        else:
+            client.play_callback(loop, counter)
+        assert_no_object_is_made(client, loop, counter, events)
+        if play == "timer":
+            client.stop_timer(timer)
+
+
+def assert_no_object_is_made(client, loop, counter, events):
+    blocks = sys.getallocatedblocks()
+    made = client.allocations_of(loop.start)
+    assert counter.value == events
+    assert made < events / 100
+    assert abs(sys.getallocatedblocks() - blocks) < 200
+
+
+# -- Stale clients, and plain C ------------------------------------------------
+
+STALE = {
+    "signature": (
+        ("c_start_timer(object timer, int64_t delay)", "c_start_timer(object timer)"),
+        "ioloop.c_start_timer(None)",
+        r"TypeError: .*\bc_start_timer\b.*signature",
+    ),
+    "result": (
+        ("cdef int c_remove_handler", "cdef int64_t c_remove_handler"),
+        "ioloop.c_remove_handler(None, 1)",
+        r"TypeError: .*\bc_remove_handler\b.*signature",
+    ),
+    "type": (
+        ("ioloop_callback_v1", "ioloop_callback_v2"),
+        "ioloop.c_add_callback(None, NULL, NULL)",
+        r"TypeError: .*\bc_add_callback\b.*signature .*_v2.*_v1",
+    ),
+    "missing": (
+        ("cdef int c_remove_handler", "cdef int c_forget_handler"),
+        "ioloop.c_forget_handler(None, 1)",
+        r"ImportError: .*\bc_forget_handler\b",
+    ),
+}
+
+
+def build_stale(directory):
+    """One client for each change of the pxd between its build and its import."""
+    pxd = PXD.read_text()
+    for name, ((old, new), call, _) in STALE.items():
+        assert old in pxd
+        changed = directory / name
+        changed.mkdir()
+        (changed / "ioloop.pxd").write_text(pxd.replace(old, new))
+        source = directory / f"stale_{name}.pyx"
+        source.write_text(f"cimport ioloop\n\ndef call():\n    {call}\n")
+        compile_cython(source, directory, changed)
+
+
+@pytest.fixture(scope="session")
+def stale(cached):
+    return cached("stale", [repr(STALE).encode()], build_stale)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STALE)
+def test_stale_client_fails_at_import(stale, name):
+    code = f"import sys; sys.path.insert(0, {str(stale)!r}); import stale_{name}"
+    done = run_python(code, check=False)
+    assert done.returncode == 1
+    assert re.match(STALE[name][2], done.stderr.splitlines()[-1])
+
+
+@pytest.fixture(scope="session")
+def plain(cached):
+    source = HERE / "cdoor_plain.c"
+    directory = cached("plain", [source], lambda work: compile_c(source, work))
+    return load(directory / f"cdoor_plain{SUFFIX}")
+
+
+def test_plain_c(plain):
+    with ioloop.IOLoop() as loop, pair() as (a, b):
+        plain.serve(loop, a.fileno())
+        for number in range(1, 10):
+            b.send(b"%d" % number)
+            turn(loop)
+            assert b.recv(100) == b"%d" % number
+            assert plain.count() == number
+        b.close()
+        turn(loop)
+        assert loop.stats()["handlers"] == 0
+        with pytest.raises(TypeError):
+            plain.serve(None, a.fileno())
+
+
+# -- The example ---------------------------------------------------------------
+
+
+def install_example(directory):
+    """As its README says, in a copy, since building litters."""
+    source = directory / "source"
+    made = shutil.ignore_patterns("build", "*.so", "*.egg-info", "__pycache__")
+    shutil.copytree(EXAMPLE, source, ignore=made)
+    empty = directory / "empty"
+    empty.mkdir()
+    run(
+        *(sys.executable, "-m", "pip", "install", "--quiet"),
+        *("--disable-pip-version-check", "--no-index", "--no-deps"),
+        *("--no-build-isolation", "--target", directory / "site", source),
+        cwd=empty,
+        env={**os.environ, "CFLAGS": "-O1"},
+    )
+
+
+@pytest.fixture(scope="session")
+def example(cached):
+    """The directory that the example is installed in."""
+    sources = sorted(path for path in EXAMPLE.iterdir() if path.suffix != ".so")
+    sources = [path for path in sources if path.is_file()]
+    return cached("example", sources, install_example) / "site"
+
+
+@pytest.fixture
+def serving(example, tmp_path):
+    """`serving(*options)`: the address of a server that ends well when told to."""
+
+    @contextlib.contextmanager
+    def serve(*options, ending=signal.SIGTERM, prelude=""):
+        program = f"{prelude}import runpy, sys; sys.argv[0] = 'c_echo'\n"
+        program += "runpy.run_module('c_echo', run_name='__main__', alter_sys=True)"
+        command = ["-m", "c_echo"] if not prelude else ["-c", program]
+        path = os.pathsep.join([str(example), str(PXD.parent)])
+        with subprocess.Popen(
+            [sys.executable, *command, "--port=0", *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": path},
+        ) as process:
+            try:
+                line = process.stdout.readline()
+                found = re.fullmatch(r"listening on 127\.0\.0\.1:(\d+)\n", line)
+                assert found, line + process.stderr.read()
+                yield ("127.0.0.1", int(found[1])), process.pid
+                assert process.poll() is None
+                process.send_signal(ending)
+                output, errors = process.communicate(timeout=10)
+                assert (process.returncode, output, errors) == (0, "", "")
+            finally:
+                process.kill()
+
+    return serve
+
+
+def connect(address):
+    return socket.create_connection(address, timeout=10)
+
+
+def read_all(sock):
+    return b"".join(iter(lambda: sock.recv(65536), b""))
+
+
+def status(pid, key):
+    text = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(rf"^{key}:\s+(\d+)", text, re.M)[1])
+
+
+def cpu_seconds(pid):
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+def test_example(serving, ending):
+    with serving(ending=ending) as (address, _):
+        with connect(address) as sock:
+            for size in (1, 1000, 65536, 65537, 1_000_000):
+                data = os.urandom(size)
+                thread = Thread(sock.sendall, data)
+                received = b""
+                while len(received) < size:
+                    received += sock.recv(65536)
+                thread.join()
+                assert received == data
+
+
+def test_example_ends_while_clients_are_connected(serving):
+    with contextlib.ExitStack() as stack:
+        with serving() as (address, _):
+            socks = [stack.enter_context(connect(address)) for _ in range(3)]
+            socks[0].sendall(b"x")
+            assert socks[0].recv(1) == b"x"
+        assert socks[0].recv(1) == b""
+
+
+def test_example_half_close_and_partial_writes(serving):
+    """All comes back to who ends its half, reads late and little at a time."""
+    data = os.urandom(3_000_000)
+    with serving() as (address, _), socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.settimeout(10)
+        sock.connect(address)
+
+        def send():
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+
+        thread = Thread(send)
+        time.sleep(0.05)
+        assert read_all(sock) == data
+        thread.join()
+
+
+def test_example_bad_clients_harm_no_other(serving):
+    """Resets, silence, unread data: the good ones get theirs, and nothing is kept."""
+    with contextlib.ExitStack() as stack:
+        address, pid = stack.enter_context(serving())
+        files = len(os.listdir(f"/proc/{pid}/fd"))
+        bad = contextlib.ExitStack()
+        with bad:
+            for _ in range(20):
+                bad.enter_context(connect(address))
+                with connect(address) as vanishes:
+                    vanishes.sendall(bytes(65536))
+                with connect(address) as resets:
+                    resets.sendall(bytes(65536))
+                    linger = struct.pack("ii", 1, 0)
+                    resets.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            never_reads = bad.enter_context(connect(address))
+            never_reads.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    never_reads.send(bytes(65536))
+            memory = status(pid, "VmRSS")
+            with contextlib.ExitStack() as good:
+                socks = [good.enter_context(connect(address)) for _ in range(200)]
+                for number, sock in enumerate(socks):
+                    sock.sendall(b"%04d" % number * 256)
+                    sock.shutdown(socket.SHUT_WR)
+                for number, sock in enumerate(socks):
+                    assert read_all(sock) == b"%04d" % number * 256
+            assert status(pid, "VmRSS") - memory < 4096
+        end = time.monotonic() + 10
+        while len(os.listdir(f"/proc/{pid}/fd")) > files:
+            assert time.monotonic() < end, "descriptors are left open"
+            time.sleep(0.01)
+
+
+def test_example_idle_clients_are_closed(serving):
+    with serving("--idle=0.3") as (address, pid), contextlib.ExitStack() as stack:
+        start = time.monotonic()
+        silent, never_reads, busy = (
+            stack.enter_context(connect(address)) for _ in range(3)
+        )
+        never_reads.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                never_reads.send(bytes(65536))
+        while time.monotonic() < start + 0.8:
+            busy.sendall(b"x")
+            assert busy.recv(1) == b"x"
+            time.sleep(0.05)
+        assert silent.recv(1) == b""
+        never_reads.settimeout(10)
+        with contextlib.suppress(ConnectionResetError):
+            read_all(never_reads)
+        busy.sendall(b"x")
+        assert busy.recv(1) == b"x"
+
+
+def test_example_out_of_descriptors(serving):
+    """Clients wait until there is one; the server does not spin meanwhile."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))\n"
+    with serving(prelude=limit) as (address, pid), contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(connect(address)) for _ in range(60)]
+        busy = cpu_seconds(pid)
+        time.sleep(0.4)
+        assert cpu_seconds(pid) - busy < 0.1
+        for sock in socks:
+            with sock:
+                sock.sendall(b"x")
+                assert sock.recv(1) == b"x"
+
+
+def test_example_makes_no_object_for_a_message(clients, example):
+    """Its messages are passed back by C, too: all that is made would be its own."""
+    client = clients(ioloop)
+    server_module = load(next(example.glob("_c_echo*.so")))
+    counter = client.Counter(100_000)
+    with ioloop.IOLoop() as loop, socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        server = server_module.Server(loop, listener.fileno(), 60)
+        with connect(listener.getsockname()) as sock:
+            sock.setblocking(False)
+            turn(loop)
+            client.play_handlers(loop, counter, sock.fileno())
+            assert_no_object_is_made(client, loop, counter, 100_000)
+            loop.remove_handler(sock)
+        run_until(loop, lambda: loop.stats()["handlers"] == 1)
+        server.close()
+        assert loop.stats()["handlers"] == 0
+        assert loop.stats()["pending_timeouts"] == 0

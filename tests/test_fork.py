@@ -1,0 +1,627 @@
+"""Forks, other processes, subinterpreters, and the end of the interpreter."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+
+import pytest
+from helpers import READ, WRITE, Recorder, ScriptedPoller, child, pair, turn
+from support import Exit, Thread, fail, in_thread, on_signal, readable, wait_until
+
+import ioloop
+
+pytestmark = pytest.mark.filterwarnings(
+    # A fork beside other threads, from 3.12 on: it is what is tested here.
+    "ignore:This process .* is multi-threaded:DeprecationWarning"
+)
+
+REFUSED = {
+    "add_callback": (int,),
+    "add_callback_from_signal": (int,),
+    "spawn_callback": (int,),
+    "add_handler": (0, int, READ),
+    "update_handler": (0, READ),
+    "remove_handler": (0,),
+    "add_timeout": (0, int),
+    "call_later": (0, int),
+    "call_at": (0, int),
+    "remove_timeout": (None,),
+    "start": (),
+    "stop": (),
+    "run_once": (0,),
+    "run_sync": (int,),
+    "next_timeout": (),
+    "fileno": (),
+    "stats": (),
+    "install": (),
+    "make_current": (),
+    "set_blocking_signal_threshold": (None, None),
+    "set_blocking_log_threshold": (None,),
+}
+
+
+def still_works(loop, a, b, calls):
+    """The parent's loop gets its events and its wake-ups."""
+    calls.clear()
+    b.send(b"x")
+    turn(loop)
+    assert [fd for fd, _ in calls] == [a]
+    a.recv(1)
+    thread = Thread(loop.stop)
+    loop.start()
+    thread.join()
+
+
+# -- An inherited loop ---------------------------------------------------------
+
+
+def test_B18_every_use_in_the_child_is_refused(loop):
+    """By an error that says what to do."""
+    with child() as inside:
+        if inside:
+            for name, args in REFUSED.items():
+                with pytest.raises(RuntimeError, match="fork.*reinit"):
+                    getattr(loop, name)(*args)
+            assert "forked" in repr(loop)
+            assert loop.running() is False
+            assert loop.time() > 0
+
+
+@pytest.mark.parametrize("way", ["close", "drop", "reinit", "remove"])
+def test_B18_the_child_leaves_the_parent_alone(loop, way):
+    """Score row 15."""
+    calls = Recorder()
+    with pair() as (a, b):
+        loop.add_handler(a, calls, READ)
+        with child() as inside:
+            if inside:
+                if way == "close":
+                    loop.close()
+                    loop.close()
+                elif way == "drop":
+                    a.close()
+                else:
+                    loop.reinit()
+                    if way == "remove":
+                        loop.remove_handler(a)
+                    loop.close()
+        still_works(loop, a, b, calls)
+        loop.remove_handler(a)
+
+
+def test_B18_close_all_fds_in_the_child(loop):
+    calls = Recorder()
+    with pair() as (a, b):
+        loop.add_handler(a, calls, READ)
+        with child() as inside:
+            if inside:
+                loop.close(all_fds=True)
+                assert a.fileno() == -1
+        still_works(loop, a, b, calls)
+        loop.remove_handler(a)
+
+
+def test_B19_reinit_keeps_what_was_there(loop):
+    """Handlers, callbacks and timeouts, in both processes."""
+    log = []
+    with readable() as (a, _):
+        loop.add_handler(a, lambda *_: log.append("h"), READ)
+        loop.add_callback(log.append, "c")
+        handle = loop.call_later(0, log.append, "t")
+        loop.call_later(0, log.append, "never").cancel()
+        with child() as inside:
+            if inside:
+                loop.reinit()
+                loop.reinit()
+                assert handle.callback is not None
+                turn(loop)
+                assert log == ["c", "t", "h"]
+                thread = threading.Thread(target=loop.add_callback, args=(loop.stop,))
+                loop.remove_handler(a)
+                thread.start()
+                loop.start()
+                thread.join()
+                loop.close()
+        turn(loop)
+        loop.remove_handler(a)
+    assert log == ["c", "t", "h"]
+
+
+def test_B19_the_doorbell_is_not_shared(loop):
+    """A child that rings its own does not wake the parent, and the reverse."""
+    with child() as inside:
+        if inside:
+            loop.reinit()
+            threads = [threading.Thread(target=loop.stop) for _ in range(10)]
+            for thread in threads:
+                thread.start()
+            loop.start()
+            for thread in threads:
+                thread.join()
+            loop.close()
+    events = loop.stats()["events"]
+    loop.run_once(0)
+    assert loop.stats()["events"] == events
+
+
+def test_masks_are_kept(loop):
+    calls = Recorder()
+    with readable() as (a, _), readable() as (b, _):
+        loop.add_handler(a, calls, READ | WRITE)
+        loop.add_handler(b, calls, READ)
+        loop.update_handler(b, 0)
+        with child() as inside:
+            if inside:
+                loop.reinit()
+                turn(loop)
+                assert calls == [(a, READ | WRITE)]
+                loop.close()
+        loop.remove_handler(a)
+        loop.remove_handler(b)
+
+
+def test_a_descriptor_closed_in_the_child(loop):
+    """What can't be registered again is as if the kernel had dropped it."""
+    calls = Recorder()
+    with readable() as (a, _), readable() as (b, _):
+        loop.add_handler(a.fileno(), calls, READ)
+        loop.add_handler(b.fileno(), calls, READ)
+        with child() as inside:
+            if inside:
+                number = a.detach()
+                os.close(number)
+                loop.reinit()
+                turn(loop, 2)
+                assert (b.fileno(), READ) in calls
+                loop.remove_handler(number)
+                loop.close()
+        loop.remove_handler(a)
+        loop.remove_handler(b)
+
+
+@pytest.mark.parametrize("way", ["leave", "reinit", "close"])
+def test_fork_inside_a_callback(loop, way):
+    """The child may go on with the loop, or leave it."""
+    log = []
+
+    def fork():
+        loop.stop()
+        with child() as inside:
+            if inside:
+                if way == "reinit":
+                    loop.reinit()
+                    assert loop.running()
+                    loop.add_callback(log.append, "child")
+                elif way == "close":
+                    loop.close()
+                    assert not loop.running()
+                else:
+                    with pytest.raises(RuntimeError, match="fork"):
+                        loop.stop()
+        log.append("parent")
+
+    loop.add_callback(fork)
+    loop.start()
+    assert log == ["parent"]
+
+
+def test_fork_inside_a_callback_and_return_from_start(loop):
+    """The child that reinits goes on running the inherited start()."""
+    pids = []
+
+    def fork():
+        pids.append(os.fork())
+        if pids[0] == 0:
+            loop.reinit()
+        loop.call_later(0.001, loop.stop)
+
+    loop.add_callback(fork)
+    try:
+        loop.start()
+    finally:
+        if pids[0] == 0:
+            os._exit(loop.stats()["timeouts"] != 1)
+    assert os.waitpid(pids[0], 0)[1] == 0
+
+
+def test_fork_inside_a_callback_without_reinit(loop):
+    """The child's start() ends by the same error, and touches nothing."""
+    pids, calls = [], Recorder()
+    with pair() as (a, b):
+        loop.add_handler(a, calls, READ)
+
+        def fork():
+            pids.append(os.fork())
+            if pids[0]:
+                loop.stop()
+
+        loop.add_callback(fork)
+        code = 1
+        try:
+            loop.start()
+        except RuntimeError as error:
+            code = "fork" not in str(error)
+        finally:
+            if pids[0] == 0:
+                os._exit(code)
+        assert os.waitpid(pids[0], 0)[1] == 0
+        still_works(loop, a, b, calls)
+        loop.remove_handler(a)
+
+
+def test_B21_fork_from_a_thread(loop):
+    """Its thread is the child's main thread."""
+
+    def fork():
+        with child() as inside:
+            if inside:
+                loop.reinit()
+                loop.add_callback(loop.stop)
+                loop.start()
+                loop.close()
+
+    in_thread(fork)
+
+
+def test_fork_while_another_thread_runs_the_loop(loop):
+    thread = Thread(loop.start)
+    wait_until(loop.running)
+    with child() as inside:
+        if inside:
+            with pytest.raises(RuntimeError, match="fork"):
+                loop.add_callback(int)
+            loop.reinit()
+            assert not loop.running()
+            loop.add_callback(loop.stop)
+            loop.start()
+            loop.close()
+    loop.stop()
+    thread.join()
+
+
+def test_fork_while_other_threads_queue(loop):
+    """Whatever a thread held when it vanished, the child's copy is usable."""
+    done = threading.Event()
+
+    def flood():
+        while not done.is_set():
+            if loop.stats()["pending_callbacks"] < 1000:
+                loop.add_callback(int)
+
+    threads = [Thread(flood) for _ in range(2)]
+    for _ in range(5):
+        with child() as inside:
+            if inside:
+                loop.reinit()
+                loop.add_callback(loop.stop)
+                loop.start()
+                loop.close()
+        loop.run_once(0)
+    done.set()
+    for thread in threads:
+        thread.join()
+
+
+def test_signals_wake_the_child(loop):
+    with child() as inside:
+        if inside:
+            loop.reinit()
+            with on_signal(signal.SIGUSR1, lambda *_: loop.stop()):
+                thread = Thread(os.kill, os.getpid(), signal.SIGUSR1)
+                loop.call_later(60, fail)
+                loop.start()
+                thread.join()
+            loop.close()
+
+
+def test_instance_in_the_child(poller):
+    """The inherited one is closed and another takes its place."""
+    cls = poller.module.IOLoop
+    loop = cls.instance()
+    try:
+        with child() as inside:
+            if inside:
+                loop.close()
+                assert not cls.initialized()
+                other = cls.instance()
+                assert other is not loop
+                other.add_callback(other.stop)
+                other.start()
+                other.close()
+        turn(loop)
+    finally:
+        loop.close()
+
+
+def test_a_grandchild(loop):
+    with child() as inside:
+        if inside:
+            loop.reinit()
+            with child() as inside_again:
+                if inside_again:
+                    with pytest.raises(RuntimeError, match="fork"):
+                        loop.stop()
+                    loop.reinit()
+                    turn(loop)
+                    loop.close()
+            turn(loop)
+            loop.close()
+
+
+def test_a_python_poller_needs_a_reinit_of_its_own():
+    class Renewable(ScriptedPoller):
+        def reinit(self):
+            self.registered.clear()
+            self.waker = None
+
+    with ioloop.IOLoop(impl=ScriptedPoller()) as loop:
+        with child() as inside:
+            if inside:
+                with pytest.raises(RuntimeError, match="reinit"):
+                    loop.reinit()
+                loop.close()
+    with pair() as (a, _), ioloop.IOLoop(impl=Renewable()) as loop:
+        loop.add_handler(a, int, READ)
+        with child() as inside:
+            if inside:
+                loop.reinit()
+                assert a.fileno() in loop._impl.registered
+                turn(loop)
+                loop.close()
+
+
+def test_reinit_without_a_fork_changes_nothing(loop):
+    log = []
+    loop.add_callback(log.append, 1)
+    loop.reinit()
+    turn(loop)
+    assert log == [1]
+
+
+def test_a_watched_loop_in_the_child(loop):
+    """POSIX timers are not inherited; the child's start() makes its own."""
+    loop.set_blocking_log_threshold(60)
+    with child() as inside:
+        if inside:
+            loop.reinit()
+            loop.add_callback(loop.stop)
+            loop.start()
+            loop.close()
+    turn(loop)
+
+
+# -- Servers -------------------------------------------------------------------
+
+
+def test_preforked_servers_on_one_listening_socket(poller):
+    """Each connection is served once, by one of them."""
+    clients, workers = 20, 3
+    with socket.create_server(("127.0.0.1", 0), backlog=clients) as server:
+        server.setblocking(False)
+        pids = []
+        for _ in range(workers):
+            pid = os.fork()
+            if pid == 0:
+                code = 1
+                try:
+                    serve(poller, server)
+                    code = 0
+                finally:
+                    os._exit(code)
+            pids.append(pid)
+        answers = []
+        for _ in range(clients):
+            with socket.create_connection(server.getsockname(), timeout=20) as client:
+                client.sendall(b"?")
+                answers.append(client.recv(99))
+        for pid in pids:
+            os.kill(pid, signal.SIGTERM)
+        statuses = [os.waitpid(pid, 0)[1] for pid in pids]
+    assert statuses == [0] * workers
+    assert len(answers) == clients
+    assert {int(answer) for answer in answers} <= set(pids)
+
+
+def serve(poller, server):
+    with poller.module.IOLoop(impl=poller.impl()) as loop:
+        signal.signal(signal.SIGTERM, lambda *_: loop.stop())
+
+        def accept(sock, events):
+            try:
+                connection, _ = sock.accept()
+            except BlockingIOError:
+                return
+            loop.add_handler(connection, answer, READ)
+
+        def answer(connection, events):
+            loop.remove_handler(connection)
+            connection.recv(1)
+            connection.sendall(str(os.getpid()).encode())
+            connection.close()
+
+        loop.add_handler(server, accept, READ)
+        loop.start()
+
+
+def work(connection):
+    """What a process of multiprocessing does."""
+    with ioloop.IOLoop() as loop:
+        total = []
+        loop.add_handler(
+            connection,
+            lambda *_: (total.append(connection.recv()), loop.stop()),
+            READ,
+        )
+        loop.start()
+        connection.send(sum(total) + 1)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_multiprocessing(method):
+    """A loop here, and one in the other process."""
+    context = multiprocessing.get_context(method)
+    ours, theirs = context.Pipe()
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.path.dirname(ioloop.__file__)
+    try:
+        if method == "fork":
+            process = context.Process(target=work, args=(theirs,))
+            process.start()
+        else:
+            # Test modules have no importable name: the code goes as text.
+            process = context.Process(target=exec, args=(SPAWNED, {"pipe": theirs}))
+            process.start()
+    finally:
+        if path is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = path
+    with ioloop.IOLoop() as loop, ours, theirs:
+        answers = []
+        loop.add_handler(ours, lambda c, _: (answers.append(c.recv()), loop.stop()), 1)
+        ours.send(41)
+        loop.start()
+        process.join()
+        process.close()
+    if method == "spawn":
+        stop_resource_tracker()
+    assert answers == [42]
+
+
+SPAWNED = """
+import ioloop
+with ioloop.IOLoop() as loop:
+    def answer(pipe, events):
+        pipe.send(pipe.recv() + 1)
+        loop.stop()
+    loop.add_handler(pipe, answer, loop.READ)
+    loop.start()
+"""
+
+
+def stop_resource_tracker():
+    """multiprocessing leaves its helper, and a descriptor, to the end."""
+    from multiprocessing import resource_tracker
+
+    resource_tracker._resource_tracker._stop()
+
+
+# -- Interpreters --------------------------------------------------------------
+
+
+def test_B24_subinterpreter(poller):
+    """It works, or the import says clearly that it does not."""
+    done = poller.run(
+        """
+        try:
+            import _interpreters as interpreters
+        except ImportError:
+            import _xxsubinterpreters as interpreters
+        import sys
+        code = '''if True:
+            import sys
+            sys.path[:] = %r
+            try:
+                import ioloop
+            except ImportError as error:
+                assert "interpreter" in str(error), error
+            else:
+                with ioloop.IOLoop() as loop:
+                    loop.add_callback(loop.stop)
+                    loop.start()
+            ''' % sys.path
+        interpreter = interpreters.create()
+        error = interpreters.run_string(interpreter, code)
+        assert error is None, error
+        interpreters.destroy(interpreter)
+        with ioloop.IOLoop(impl=impl()) as loop:
+            loop.run_once(0)
+        print("done")
+        """
+    )
+    assert done.stdout == "done\n"
+
+
+@pytest.mark.parametrize("busy", ["asleep", "callbacks", "timeouts", "flooded"])
+def test_B22_exit_with_a_running_loop_in_a_daemon_thread(poller, busy):
+    done = poller.run(
+        f"""
+        import threading, time
+        loop = ioloop.IOLoop(impl=impl())
+        def again():
+            loop.add_callback(again)
+        def later():
+            loop.call_later(0, later)
+        def flood():
+            while True:
+                if loop.stats()["pending_callbacks"] < 1000:
+                    loop.add_callback(int)
+        if {busy!r} == "callbacks":
+            loop.add_callback(again)
+        elif {busy!r} == "timeouts":
+            loop.call_later(0, later)
+        elif {busy!r} == "flooded":
+            threading.Thread(target=flood, daemon=True).start()
+        threading.Thread(target=loop.start, daemon=True).start()
+        while not loop.stats()["polls"]:
+            time.sleep(0.001)
+        print("end")
+        """
+    )
+    assert (done.stdout, done.stderr) == ("end\n", "")
+
+
+@pytest.mark.parametrize("kept", ["module", "cycle", "instance", "current", "atexit"])
+def test_B23_a_loop_that_is_alive_at_the_end(poller, kept):
+    """No complaint about what is gone already."""
+    done = poller.run(
+        f"""
+        import atexit, sys
+        sys.warnoptions.clear()
+        import warnings
+        warnings.simplefilter("ignore")
+        kept = {kept!r}
+        loop = ioloop.IOLoop(impl=impl())
+        loop.call_later(60, print)
+        loop.add_callback(print)
+        if kept == "cycle":
+            loop.me = loop
+            loop.module = sys.modules
+        elif kept == "instance":
+            loop.install()
+        elif kept == "current":
+            loop.make_current()
+        elif kept == "atexit":
+            atexit.register(loop.close)
+        """
+    )
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_use_at_exit(poller):
+    """atexit functions and finalizers may still run a loop."""
+    done = poller.run(
+        """
+        import atexit
+        def last():
+            with ioloop.IOLoop(impl=impl()) as loop:
+                loop.add_callback(print, "last")
+                loop.call_later(0.001, loop.stop)
+                loop.start()
+        atexit.register(last)
+        """
+    )
+    assert done.stdout == "last\n"
+
+
+def test_exceptions_in_the_child_stay_there(loop):
+    with child() as inside:
+        if inside:
+            loop.reinit()
+            loop.add_callback(fail, Exit)
+            with pytest.raises(Exit):
+                loop.start()
+            loop.close()
+    turn(loop)

@@ -1,0 +1,637 @@
+"""`impl` as any Python object: scripted readiness, real wrappers, and pollers
+that misbehave.  What is here runs with no kernel's help and is exact."""
+
+import io
+import os
+import select
+
+import pytest
+from helpers import (
+    ERROR,
+    NONE,
+    READ,
+    WRITE,
+    FakeClock,
+    Recorder,
+    ScriptedPoller,
+    ScriptEnded,
+    pair,
+    pairs,
+    permutations,
+    run_until,
+    turn,
+)
+
+import ioloop
+
+
+@pytest.fixture
+def scripted():
+    """A function: (loop, poller) with the given batches."""
+    loops = []
+
+    def make(*batches, **options):
+        poller = ScriptedPoller(*batches, **options)
+        loops.append(ioloop.IOLoop(impl=poller, time_func=poller.clock))
+        return loops[-1], poller
+
+    yield make
+    while loops:
+        loops.pop().close()
+
+
+@pytest.fixture
+def fds():
+    """Three real descriptors: a loop may look at them."""
+    made = [os.eventfd(0) for _ in range(3)]
+    yield made
+    for fd in made:
+        os.close(fd)
+
+
+def watched(poller):
+    """{fd: what the poller is to look for, besides errors}"""
+    return {fd: events & ~ERROR for fd, events in poller.registered.items()}
+
+
+# -- The contract -------------------------------------------------------------
+
+
+def test_the_waker_is_registered_first_for_reading(scripted):
+    loop, poller = scripted()
+    assert watched(poller) == {poller.waker: READ}
+    assert os.fstat(poller.waker)
+    assert loop._impl is poller
+
+
+def test_the_waker_is_nobodys_to_take(scripted):
+    loop, poller = scripted()
+    for fd in (poller.waker, open_object(poller.waker)):
+        with pytest.raises(FileExistsError):
+            loop.add_handler(fd, Recorder(), READ)
+        loop.remove_handler(fd)
+        try:
+            loop.update_handler(fd, NONE)
+        except FileNotFoundError:
+            pass
+    assert watched(poller) == {poller.waker: READ}
+    assert loop.stats()["handlers"] == 0
+
+
+def open_object(number):
+    class File:
+        def fileno(self):
+            return number
+
+    return File()
+
+
+def test_calls_of_the_handler_methods(scripted, fds):
+    loop, poller = scripted()
+    poller.log.clear()
+    fd = fds[0]
+    loop.add_handler(fd, Recorder(), READ)
+    loop.update_handler(fd, READ | WRITE)
+    loop.remove_handler(fd)
+    assert [call[:2] for call in poller.log] == [
+        ("register", fd),
+        ("modify", fd),
+        ("unregister", fd),
+    ]
+    assert poller.log[0][2] & ~ERROR == READ
+    assert poller.log[1][2] & ~ERROR == READ | WRITE
+    assert list(poller.registered) == [poller.waker]
+
+
+def test_none_is_not_registered(scripted, fds):
+    """events=0 leaves the poller's set, so that HUP can't spin."""
+    loop, poller = scripted()
+    fd = fds[0]
+    loop.add_handler(fd, Recorder(), NONE)
+    assert fd not in poller.registered
+    loop.update_handler(fd, READ)
+    assert poller.registered[fd] & ~ERROR == READ
+    loop.update_handler(fd, NONE)
+    assert fd not in poller.registered
+    loop.remove_handler(fd)
+    assert fd not in poller.registered
+
+
+def test_seconds_of_poll(scripted):
+    clock = FakeClock()
+    loop, poller = scripted(clock=clock)
+    with pytest.raises(ScriptEnded):
+        loop.start()
+    assert poller.polls == [-1]
+
+    poller.polls.clear()
+    loop.call_later(2.5, loop.stop)
+    loop.add_callback(lambda: loop.add_callback(lambda: None))
+    loop.start()
+    assert poller.polls == [0, pytest.approx(2.5)]
+    assert all(type(seconds) in (int, float) for seconds in poller.polls)
+    assert clock.now >= 1002.5
+
+
+def test_run_once_limits_the_wait(scripted):
+    loop, poller = scripted(clock=FakeClock())
+    for timeout in (0, 1.5):
+        loop.run_once(timeout)
+    loop.call_later(7, print)
+    loop.run_once(5)
+    loop.run_once(1e300)
+    assert poller.polls == [0, *map(pytest.approx, (1.5, 5, 2))]
+
+
+def test_polled_on_every_pass_while_callbacks_wait(scripted):
+    loop, poller = scripted()
+
+    def again(left):
+        if left:
+            loop.add_callback(again, left - 1)
+        else:
+            loop.stop()
+
+    loop.add_callback(again, 50)
+    loop.start()
+    assert poller.polls == [0] * 50
+
+
+def test_a_poll_that_returns_early_is_no_timeout(scripted):
+    clock = FakeClock()
+    early = [[], [], []]
+    loop, poller = scripted(*early, clock=clock)
+    fired = []
+    loop.call_later(3, lambda: (fired.append(clock.now), loop.stop()))
+    loop.start()
+    assert len(poller.polls) == 4
+    assert fired == [pytest.approx(1003)]
+
+
+@pytest.mark.parametrize("kind", [list, tuple, iter, dict.items], ids=str)
+def test_what_a_poll_may_answer(scripted, fds, kind):
+    pairs_ = {fds[0]: READ, fds[1]: WRITE}
+    answer = kind(pairs_ if kind is dict.items else list(pairs_.items()))
+    loop, _ = scripted(answer)
+    calls = Recorder()
+    loop.add_handler(fds[0], calls, READ | WRITE)
+    loop.add_handler(fds[1], calls, READ | WRITE)
+    turn(loop)
+    assert sorted(calls) == sorted(pairs_.items())
+
+
+def test_delivered_is_what_was_asked_or_an_error(scripted, fds):
+    a, b, c = fds
+    everything = 0x7FFFFFFF
+    loop, _ = scripted([(a, everything), (b, everything), (c, WRITE)])
+    calls = Recorder()
+    loop.add_handler(a, calls, READ)
+    loop.add_handler(b, calls, WRITE)
+    loop.add_handler(c, calls, READ)
+    turn(loop)
+    assert sorted(calls) == sorted([(a, READ | ERROR), (b, WRITE | ERROR)])
+
+
+def test_close_of_the_impl_is_optional_and_called_once(scripted):
+    class Closing(ScriptedPoller):
+        closed = 0
+
+        def close(self):
+            self.closed += 1
+
+    poller = Closing()
+    loop = ioloop.IOLoop(impl=poller)
+    loop.close()
+    loop.close()
+    assert poller.closed == 1
+
+
+def test_fileno_of_the_impl_is_optional():
+    class Numbered(ScriptedPoller):
+        def fileno(self):
+            return 77
+
+    with ioloop.IOLoop(impl=Numbered()) as loop:
+        assert loop.fileno() == 77
+    with ioloop.IOLoop(impl=ScriptedPoller()) as loop:
+        with pytest.raises(io.UnsupportedOperation):
+            loop.fileno()
+
+
+@pytest.mark.parametrize("missing", ["register", "modify", "unregister", "poll"])
+def test_what_is_no_impl_is_refused_at_once(missing, counted_files):
+    class Partial:
+        pass
+
+    for name in {"register", "modify", "unregister", "poll"} - {missing}:
+        setattr(Partial, name, lambda self, *args: [])
+    with pytest.raises((TypeError, AttributeError)):
+        ioloop.IOLoop(impl=Partial())
+    assert not counted_files()
+
+
+def test_A33_an_impl_that_fails_to_register_the_waker(counted_files):
+    class Full(ScriptedPoller):
+        def register(self, fd, events):
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        ioloop.IOLoop(impl=Full())
+    assert not counted_files()
+
+
+# -- Order and change within one batch ----------------------------------------
+
+
+def remove(loop, fd):
+    loop.remove_handler(fd)
+
+
+def mask(loop, fd):
+    loop.update_handler(fd, NONE)
+
+
+def replace(loop, fd):
+    loop.remove_handler(fd)
+    loop.add_handler(fd, Recorder(), READ)
+
+
+@permutations(3)
+@pytest.mark.parametrize("change", [remove, mask, replace])
+@pytest.mark.parametrize("victims", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)])
+def test_A25_A26_changes_apply_to_what_is_left_of_the_batch(
+    scripted, fds, order, change, victims
+):
+    """The first handler called changes the `victims`: of the rest, those are not
+    called in this batch and the others are."""
+    loop, _ = scripted([(fds[i], READ | ERROR) for i in order])
+    called = []
+
+    def handler(fd, events):
+        called.append(fd)
+        if len(called) == 1:
+            for victim in victims:
+                change(loop, fds[victim])
+
+    for fd in fds:
+        loop.add_handler(fd, handler, READ)
+    turn(loop)
+    first = called[0]
+    expected = {fd for i, fd in enumerate(fds) if fd == first or i not in victims}
+    assert set(called) == expected
+    assert len(called) == len(expected)
+
+
+def test_A25_a_narrowed_mask_narrows_a_collected_event(scripted, fds):
+    a, b, _ = fds
+    loop, _ = scripted([(a, READ), (b, READ | WRITE)])
+    calls = Recorder()
+    loop.add_handler(b, calls, READ | WRITE)
+    loop.add_handler(a, lambda *_: loop.update_handler(b, WRITE), READ)
+    turn(loop)
+    if calls[0] != (b, READ | WRITE):  # order within a poll is not promised
+        assert calls == [(b, WRITE)]
+
+
+def test_D24_one_fd_twice_in_a_batch(scripted, fds):
+    a = fds[0]
+    loop, _ = scripted([(a, READ), (a, WRITE)])
+    calls = Recorder()
+    loop.add_handler(a, calls, READ | WRITE)
+    turn(loop)
+    assert sum(events for _, events in calls) == READ | WRITE
+
+
+def test_A26_removed_and_added_in_its_own_handler_with_duplicates(scripted, fds):
+    a = fds[0]
+    loop, _ = scripted([(a, READ), (a, READ)], [(a, READ)])
+    calls = []
+
+    def handler(fd, events):
+        calls.append(events)
+        loop.remove_handler(a)
+        loop.add_handler(a, handler, READ)
+
+    loop.add_handler(a, handler, READ)
+    turn(loop)
+    assert calls == [READ]
+    turn(loop)
+    assert calls == [READ, READ]
+
+
+@permutations(3)
+def test_D3_base_exception_keeps_the_rest_of_the_batch(scripted, fds, order):
+    """The impl reports each event once, so only the loop can keep it."""
+    loop, _ = scripted([(fds[i], READ) for i in order])
+    called = []
+
+    def handler(fd, events):
+        called.append(fd)
+        if len(called) == 1:
+            raise KeyboardInterrupt
+
+    for fd in fds:
+        loop.add_handler(fd, handler, READ)
+    with pytest.raises(KeyboardInterrupt):
+        loop.start()
+    assert len(called) == 1
+    turn(loop)
+    assert sorted(called) == sorted(fds)
+
+
+def test_D3_kept_events_respect_what_changed_meanwhile(scripted, fds):
+    loop, _ = scripted([(fd, READ) for fd in fds])
+    called = []
+
+    def handler(fd, events):
+        called.append(fd)
+        raise KeyboardInterrupt
+
+    for fd in fds:
+        loop.add_handler(fd, handler, READ)
+    with pytest.raises(KeyboardInterrupt):
+        loop.start()
+    rest = [fd for fd in fds if fd not in called]
+    remove(loop, rest[0])
+    replace(loop, rest[1])
+    turn(loop, 2)
+    assert len(called) == 1
+
+
+# -- Pollers that misbehave ---------------------------------------------------
+
+
+def test_D24_unknown_descriptors_are_ignored_and_unregistered(scripted, fds):
+    known, unknown = fds[0], 101
+    loop, poller = scripted([(unknown, READ), (known, READ), (2**31 - 1, READ)])
+    calls = Recorder()
+    loop.add_handler(known, calls, READ)
+    poller.registered[unknown] = READ
+    turn(loop, 2)
+    assert calls == [(known, READ)]
+    assert set(poller.registered) == {poller.waker, known}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,
+        7,
+        [7],
+        [None],
+        [(1,)],
+        [(1, 2, 3)],
+        [("a", READ)],
+        [(1.5, READ)],
+        [(1, "r")],
+        [(1, None)],
+        [(10**400, READ)],
+        [(1, 10**400)],
+    ],
+    ids=repr,
+)
+def test_D24_a_wrong_answer_leaves_start_once(scripted, answer):
+    loop, poller = scripted(answer)
+    with pytest.raises((TypeError, ValueError, OverflowError)):
+        loop.start()
+    assert not loop.running()
+    loop.run_once(0)
+    assert len(poller.polls) == 2
+
+
+@pytest.mark.parametrize("events", [-1, 2**32, 2**40])
+def test_D24_masks_that_are_none(scripted, fds, events):
+    loop, poller = scripted([(fds[0], events)])
+    calls = Recorder()
+    loop.add_handler(fds[0], calls, READ)
+    try:
+        loop.run_once(0)
+    except (ValueError, OverflowError):
+        assert not loop.running()
+    turn(loop)
+    assert len(poller.polls) == 2
+    assert all(mask & ~(READ | ERROR) == 0 for _, mask in calls)
+
+
+@pytest.mark.parametrize("fd", [-1, -(2**31)])
+def test_D24_negative_descriptors(scripted, fd):
+    loop, poller = scripted([(fd, READ)])
+    try:
+        loop.run_once(0)
+    except ValueError:
+        assert not loop.running()
+    turn(loop)
+    assert len(poller.polls) == 2
+
+
+def test_D24_an_answer_that_fails_half_way(scripted, fds):
+    def answer():
+        yield fds[0], READ
+        raise ZeroDivisionError
+
+    loop, _ = scripted(answer)
+    calls = Recorder()
+    loop.add_handler(fds[0], calls, READ)
+    with pytest.raises(ZeroDivisionError):
+        loop.start()
+    turn(loop)
+    assert len(calls) <= 1
+
+
+@pytest.mark.parametrize("error", [OSError, ZeroDivisionError, KeyboardInterrupt])
+def test_D24_a_poll_that_raises(scripted, error):
+    def answer():
+        raise error
+
+    loop, poller = scripted(answer)
+    ran = []
+    loop.call_later(0.0, ran.append, "timeout")
+    with pytest.raises(error):
+        loop.start()
+    assert not loop.running()
+    loop.add_callback(loop.stop)
+    loop.start()
+    assert ran == ["timeout"]
+
+
+def test_A8_a_register_that_raises_leaves_no_entry(scripted, fds):
+    loop, poller = scripted()
+    poller.register = lambda fd, events: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        loop.add_handler(fds[0], print, READ)
+    assert loop.stats()["handlers"] == 0
+    del poller.register
+    loop.add_handler(fds[0], print, READ)
+    assert poller.registered[fds[0]]
+
+
+def test_A8_a_modify_that_raises_leaves_the_old_mask(scripted, fds):
+    loop, poller = scripted([(fds[0], READ | WRITE)])
+    calls = Recorder()
+    loop.add_handler(fds[0], calls, READ)
+    poller.modify = lambda fd, events: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        loop.update_handler(fds[0], WRITE)
+    turn(loop)
+    assert calls == [(fds[0], READ)]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyError, ValueError])
+def test_A6_an_unregister_that_raises_is_harmless(scripted, fds, error):
+    def unregister(fd):
+        raise error
+
+    loop, poller = scripted()
+    loop.add_handler(fds[0], print, READ)
+    poller.unregister = unregister
+    loop.remove_handler(fds[0])
+    assert loop.stats()["handlers"] == 0
+
+
+def test_D25_an_impl_that_uses_the_loop_while_it_polls(scripted, fds):
+    a, b, _ = fds
+    calls, ran = Recorder(), []
+
+    def meddle():
+        loop.add_callback(ran.append, "callback")
+        loop.add_handler(b, calls, READ)
+        loop.remove_handler(a)
+        with pytest.raises(RuntimeError):
+            loop.close()
+        with pytest.raises(RuntimeError):
+            loop.start()
+        loop.stop()
+        return [(a, READ), (b, READ)]
+
+    loop, _ = scripted(meddle)
+    loop.add_handler(a, calls, READ)
+    loop.start()
+    # A registration made after the poll began did not ask for its events.
+    assert a not in [fd for fd, _ in calls]
+    assert ran == ["callback"]
+
+
+def test_D25_an_impl_that_uses_the_loop_when_told_of_a_handler(scripted, fds):
+    loop, poller = scripted()
+    a = fds[0]
+
+    def register(fd, events):
+        ScriptedPoller.register(poller, fd, events)
+        loop.add_callback(print)
+        if fd == a:
+            loop.remove_handler(a)
+
+    poller.register = register
+    loop.add_handler(a, print, READ)
+    loop.remove_handler(a)
+    assert loop.stats()["handlers"] == 0
+
+
+# -- Real pollers in Python ---------------------------------------------------
+
+
+class PollWrapper:
+    """select.poll() counts in milliseconds."""
+
+    def __init__(self):
+        self.impl = select.poll()
+        self.register = self.impl.register
+        self.modify = self.impl.modify
+        self.unregister = self.impl.unregister
+
+    def poll(self, seconds):
+        return self.impl.poll(None if seconds < 0 else seconds * 1000)
+
+
+@pytest.mark.parametrize("impl", [select.epoll, PollWrapper])
+def test_real_impls_of_the_standard_library(impl, counted_files):
+    with pairs(2) as [(a, b), (c, d)], ioloop.IOLoop(impl=impl()) as loop:
+        got = bytearray()
+
+        def reader(fd, events):
+            got.extend(fd.recv(9))
+            if len(got) >= 4:
+                loop.stop()
+
+        loop.add_handler(a, reader, READ)
+        loop.add_handler(c, reader, READ)
+        b.send(b"ab")
+        loop.add_callback(d.send, b"cd")
+        loop.start()
+        assert sorted(got) == sorted(b"abcd")
+        loop.update_handler(a, NONE)
+        loop.call_later(0.001, loop.stop)
+        loop.start()
+        loop.update_handler(a, READ)
+        loop.remove_handler(c)
+        b.send(b"e")
+        run_until(loop, lambda: len(got) == 5)
+    assert not counted_files()
+
+
+@pytest.mark.parametrize("impl", [select.epoll, PollWrapper])
+def test_real_impls_are_woken_by_threads(impl):
+    import threading
+
+    with ioloop.IOLoop(impl=impl()) as loop:
+        thread = threading.Thread(target=loop.add_callback, args=(loop.stop,))
+        loop.add_callback(thread.start)
+        loop.start()
+        thread.join()
+
+
+def test_A1_stale_event_after_reuse_with_a_python_impl():
+    with (
+        pairs(3) as [(a, a_peer), (b, b_peer), (quiet, _)],
+        ioloop.IOLoop(impl=select.epoll()) as loop,
+    ):
+        both, calls, fresh = {a.fileno(), b.fileno()}, [], Recorder()
+
+        def handler(fd, events):
+            calls.append(fd)
+            os.read(fd, 9)
+            [victim] = both - {fd}
+            loop.remove_handler(victim)
+            os.dup2(quiet.fileno(), victim)
+            loop.add_handler(victim, fresh, READ)
+
+        for fd in both:
+            loop.add_handler(fd, handler, READ)
+        a_peer.send(b"x")
+        b_peer.send(b"x")
+        turn(loop, 3)
+        assert len(calls) == 1
+        assert fresh == []
+
+
+def test_A4_update_with_a_python_impl():
+    """MOD answered ENOENT becomes ADD for select.epoll() too."""
+    with (
+        pairs(2) as [(a, _), (b, b_peer)],
+        ioloop.IOLoop(impl=select.epoll()) as loop,
+    ):
+        calls = Recorder()
+        number = a.fileno()
+        loop.add_handler(number, calls, READ)
+        os.dup2(b.fileno(), number)
+        loop.update_handler(number, READ)
+        b_peer.send(b"x")
+        turn(loop)
+        assert calls == [(number, READ)]
+
+
+def test_A5_add_with_a_python_impl():
+    """ADD answered EEXIST becomes MOD for select.epoll() too."""
+    with pair() as (a, b), ioloop.IOLoop(impl=select.epoll()) as loop:
+        calls = Recorder()
+        number, keep = os.dup(a.fileno()), os.dup(a.fileno())
+        loop.add_handler(number, Recorder(), READ)
+        os.close(number)
+        loop.remove_handler(number)
+        os.dup2(keep, number)
+        loop.add_handler(number, calls, READ)
+        b.send(b"x")
+        turn(loop)
+        os.close(number)
+        os.close(keep)
+        assert calls == [(number, READ)]

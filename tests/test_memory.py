@@ -1,0 +1,400 @@
+"""What the loop lets go of, and when."""
+
+import gc
+import os
+import random
+import sys
+import tracemalloc
+import weakref
+
+import pytest
+from helpers import READ, WRITE, pair, turn
+from support import Thread, fail, in_thread, is_asleep, readable, wait_until
+
+
+class Thing:
+    """A callable that can be watched."""
+
+    def __call__(self, *args, **kwargs):
+        pass
+
+
+def watched():
+    thing = Thing()
+    return thing, weakref.ref(thing)
+
+
+@pytest.fixture
+def no_gc():
+    """What goes, goes by its reference count."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+# -- References are dropped ----------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["callable", "argument", "keyword"])
+@pytest.mark.parametrize("end", ["fire", "cancel", "remove"])
+def test_C13_timeouts(loop, no_gc, place, end):
+    """At once, though the handle is still there."""
+    thing, reference = watched()
+    if place == "callable":
+        handle = loop.call_later(0, thing)
+    elif place == "argument":
+        handle = loop.call_later(0, id, thing)
+    else:
+        handle = loop.call_later(0, dict, key=thing)
+    del thing
+    assert reference() is not None
+    if end == "fire":
+        turn(loop)
+    elif end == "cancel":
+        handle.cancel()
+    else:
+        loop.remove_timeout(handle)
+    assert reference() is None
+    assert handle.callback is None
+
+
+@pytest.mark.parametrize("place", ["callable", "argument", "keyword"])
+@pytest.mark.parametrize("method", ["add_callback", "spawn_callback"])
+def test_callbacks(loop, no_gc, place, method):
+    thing, reference = watched()
+    add = getattr(loop, method)
+    if place == "callable":
+        add(thing)
+    elif place == "argument":
+        add(id, thing)
+    else:
+        add(dict, key=thing)
+    del thing
+    assert reference() is not None
+    turn(loop)
+    assert reference() is None
+
+
+@pytest.mark.parametrize("end", ["remove", "close"])
+def test_handlers(loop, no_gc, end):
+    handler, reference = watched()
+    with pair() as (a, _):
+        file = weakref.ref(a)
+        loop.add_handler(a, handler, READ)
+        del handler
+        assert reference() is not None
+        if end == "remove":
+            loop.remove_handler(a)
+        else:
+            loop.close()
+        assert reference() is None
+    del a, _
+    assert file() is None
+
+
+def test_D16_a_handler_that_removes_itself(loop):
+    """It is kept while it runs, and not longer."""
+
+    class Handler:
+        def __call__(self, fd, events):
+            loop.remove_handler(fd)
+            gc.collect()
+            alive.append(reference())
+
+    alive = []
+    handler = Handler()
+    reference = weakref.ref(handler)
+    with readable() as (a, _):
+        loop.add_handler(a, handler, READ)
+        del handler
+        turn(loop)
+    assert len(alive) == 1 and alive.pop() is not None
+    assert reference() is None
+
+
+def test_D15_while_the_loop_sleeps(loop):
+    """The last callback, timeout and event are not held by a sleeping loop."""
+    references = []
+    with readable() as (a, _):
+
+        def add():
+            for add in (loop.add_callback, loop.spawn_callback):
+                thing, reference = watched()
+                add(thing, thing)
+                references.append(reference)
+            thing, reference = watched()
+            loop.call_later(0, thing, thing)
+            references.append(reference)
+
+            def handler(sock, events, thing=thing):
+                loop.remove_handler(sock)
+
+            references.append(weakref.ref(handler))
+            loop.add_handler(a, handler, READ)
+
+        add()
+        thread = Thread(loop.start)
+        wait_until(lambda: loop.stats()["handlers"] == 0 and is_asleep(thread))
+        assert [reference() for reference in references] == [None] * 4
+        loop.stop()
+        thread.join()
+
+
+def test_results_are_dropped(loop, no_gc):
+    thing, reference = watched()
+    things = [thing]
+    del thing
+    loop.add_callback(things.pop)
+    turn(loop)
+    assert reference() is None
+
+
+# -- Cycles --------------------------------------------------------------------
+
+
+def in_callback(loop, thing):
+    loop.add_callback(thing, loop)
+
+
+def in_keyword(loop, thing):
+    loop.add_callback(thing, loop=loop)
+
+
+def in_timeout(loop, thing):
+    thing.handle = loop.call_later(60, thing, loop)
+
+
+def in_handler(loop, thing):
+    loop.add_handler(thing.sock, thing, READ)
+
+
+def in_attribute(loop, thing):
+    loop.thing = thing
+
+
+def in_hook(loop, thing):
+    loop.handle_callback_exception = thing
+
+
+def in_action(loop, thing):
+    loop.set_blocking_signal_threshold(60, thing)
+
+
+def in_context(loop, thing):
+    import contextvars
+
+    var = contextvars.ContextVar("var")
+
+    def add():
+        var.set(thing)
+        loop.add_callback(int)
+
+    contextvars.copy_context().run(add)
+
+
+def in_coroutine(loop, thing):
+    class Never:
+        def add_done_callback(self, callback):
+            thing.waiting = callback
+
+        def __await__(self):
+            yield self
+
+    async def work():
+        await Never()
+
+    loop.add_callback(work)
+    turn(loop, 3)
+
+
+def in_periodic(loop, thing):
+    thing.periodic = thing.module.PeriodicCallback(thing, 60_000, loop)
+    thing.periodic.start()
+
+
+PLACES = [
+    in_callback,
+    in_keyword,
+    in_timeout,
+    in_handler,
+    in_attribute,
+    in_hook,
+    in_action,
+    in_context,
+    in_coroutine,
+    in_periodic,
+]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.filterwarnings("ignore:unclosed IOLoop")
+def test_D18_cycles_through_the_loop_are_collected(
+    poller, counted_files, place, closed, monkeypatch
+):
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
+    with pair() as (a, _):
+
+        def make():
+            loop = poller.module.IOLoop(impl=poller.impl())
+            thing = Thing()
+            thing.loop, thing.sock, thing.module = loop, a, poller.module
+            place(loop, thing)
+            if closed:
+                loop.close()
+            return weakref.ref(thing), weakref.ref(loop)
+
+        references = make()
+        gc.collect()
+        assert [reference() for reference in references] == [None, None]
+    assert not counted_files()
+
+
+def test_D19_a_dropped_loop_leaks_nothing_and_warns(poller, counted_files):
+    """Score row 22."""
+    for _ in range(5):
+        with pytest.warns(ResourceWarning, match="unclosed IOLoop"):
+            loop = poller.module.IOLoop(impl=poller.impl())
+            loop.call_later(60, fail)
+            loop.add_callback(fail)
+            del loop
+            gc.collect()
+    assert not counted_files()
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_F1_loops_that_come_and_go(poller, counted_files, started):
+    """Score row 21."""
+    for _ in range(50):
+        with poller.module.IOLoop(impl=poller.impl()) as loop:
+            loop.call_later(60, fail)
+            if started:
+                loop.add_callback(loop.stop)
+                loop.start()
+    assert not counted_files()
+
+
+# -- Amounts -------------------------------------------------------------------
+
+
+def growth(work, warm=2, rounds=3):
+    """Bytes that `work` leaves allocated, on average."""
+    for _ in range(warm):
+        work()
+    gc.collect()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(rounds):
+            work()
+        gc.collect()
+        return (tracemalloc.get_traced_memory()[0] - before) / rounds
+    finally:
+        tracemalloc.stop()
+
+
+def resident():
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_C12_timeouts_added_and_cancelled_in_random_order(loop):
+    """100,000 of them leave no memory behind (score rows 19 and 20)."""
+    rng = random.Random(0)
+    references = sys.getrefcount(fail)
+
+    def work(count):
+        handles = [loop.call_later(rng.random() * 3600, fail) for _ in range(count)]
+        rng.shuffle(handles)
+        for handle in handles:
+            handle.cancel()
+
+    work(100_000)
+    work(100_000)
+    before = resident()
+    work(100_000)
+    assert resident() - before < 4 << 20
+    assert sys.getrefcount(fail) == references
+    assert loop.stats()["pending_timeouts"] == 0
+
+
+def test_C12_the_heap_shrinks(loop):
+    """What a burst took is given back: the tables follow what is there."""
+
+    def burst():
+        handles = [loop.call_later(60, fail) for _ in range(5000)]
+        for handle in handles:
+            handle.cancel()
+
+    assert growth(burst) < 20_000
+
+
+@pytest.mark.parametrize("what", ["callbacks", "timeouts", "events", "handlers"])
+def test_F3_iterations_leave_nothing(loop, what):
+    with readable() as (a, _):
+
+        def work():
+            for _ in range(300):
+                if what == "callbacks":
+                    loop.add_callback(int)
+                    loop.add_callback(dict, key=1)
+                elif what == "timeouts":
+                    loop.call_later(0, int)
+                    loop.call_later(60, int).cancel()
+                elif what == "events":
+                    loop.add_handler(a, Thing(), READ)
+                else:
+                    loop.add_handler(a, Thing(), WRITE)
+                    loop.update_handler(a, READ)
+                loop.run_once(0)
+                loop.remove_handler(a)
+
+        assert growth(work) < 2000
+
+
+def test_F2_failures_leave_nothing(loop):
+    """Nor do the errors of calls that were refused."""
+
+    def work():
+        for _ in range(100):
+            for name, args in (
+                ("add_callback", (None,)),
+                ("call_later", (0, None)),
+                ("call_later", ("1", int)),
+                ("add_timeout", (float("nan"), int)),
+                ("add_handler", (-1, int, READ)),
+                ("add_handler", (10_000, int, READ)),
+                ("update_handler", (500, READ)),
+                ("remove_timeout", (1,)),
+            ):
+                try:
+                    getattr(loop, name)(*args)
+                except Exception:
+                    pass
+
+    assert growth(work) < 2000
+
+
+def test_coroutines_leave_nothing(loop):
+    class Next:
+        def __await__(self):
+            yield
+
+    async def work():
+        for _ in range(5):
+            await Next()
+        return 1
+
+    def run():
+        for _ in range(50):
+            assert loop.run_sync(work) == 1
+
+    assert growth(run) < 2000
+
+
+def test_add_callback_from_many_threads_leaves_nothing(loop):
+    def work():
+        in_thread(lambda: [loop.add_callback(int) for _ in range(500)])
+        turn(loop)
+
+    assert growth(work) < 20_000

@@ -1,0 +1,580 @@
+"""Threads: what is safe to call from them, and what is refused."""
+
+import concurrent.futures
+import contextlib
+import ctypes
+import fcntl
+import functools
+import gc
+import os
+import signal
+import sys
+import threading
+import time
+
+import pytest
+from helpers import READ, ScriptedPoller, pair, pairs, turn
+from support import (
+    FOREVER,
+    Exit,
+    Thread,
+    alarm,
+    at_once,
+    in_thread,
+    pend,
+    sleeping,
+    wait_until,
+)
+
+import ioloop
+
+
+@pytest.fixture(autouse=True)
+def fast_switching():
+    """Threads change places as often as can be."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+# -- The wrong thread ----------------------------------------------------------
+
+REFUSED = {
+    "add_handler": (0, int, READ),
+    "update_handler": (0, READ),
+    "remove_handler": (0,),
+    "add_timeout": (0, int),
+    "call_later": (0, int),
+    "call_at": (0, int),
+    "remove_timeout": (None,),
+    "start": (),
+    "run_once": (0,),
+    "run_sync": (int,),
+    "next_timeout": (),
+    "close": (),
+    "set_blocking_signal_threshold": (1, None),
+    "set_blocking_log_threshold": (1,),
+}
+ALLOWED = {
+    "add_callback": (int,),
+    "add_callback_from_signal": (int,),
+    "spawn_callback": (int,),
+    "time": (),
+    "running": (),
+    "stats": (),
+    "__repr__": (),
+}
+
+
+def test_B16_wrong_thread_is_refused(loop):
+    """Every method that is not thread-safe, while the loop runs (row 18)."""
+    handle = loop.call_later(FOREVER, int)
+    with sleeping(loop):
+        before = loop.stats()
+        for name, args in REFUSED.items():
+            with pytest.raises(RuntimeError):
+                getattr(loop, name)(*args)
+        with pytest.raises(RuntimeError):
+            handle.cancel()
+        after = loop.stats()
+        assert loop.running()
+    for key in ("pending_callbacks", "pending_timeouts", "handlers"):
+        assert before[key] == after[key]
+    handle.cancel()
+
+
+def test_B16_what_any_thread_may_call(loop):
+    with sleeping(loop):
+        for name, args in ALLOWED.items():
+            getattr(loop, name)(*args)
+        loop.add_future(concurrent.futures.Future(), int)
+
+
+def test_B16_other_threads_may_use_an_idle_loop(loop):
+    """It belongs to nobody while it does not run."""
+    with pair() as (a, _):
+        in_thread(loop.add_handler, a, int, READ)
+        in_thread(loop.update_handler, a, 0)
+        in_thread(loop.remove_handler, a)
+    handle = in_thread(loop.call_later, 0, int)
+    in_thread(loop.remove_timeout, handle)
+    in_thread(loop.run_once, 0)
+    assert loop.stats()["iterations"] == 1
+
+
+def test_B16_a_storm_of_wrong_calls(loop):
+    """Score row 18: an error for each call, and neither crash nor damage."""
+    handle = loop.call_later(FOREVER, int)
+    calls = [(getattr(loop, name), args) for name, args in REFUSED.items()]
+    calls.append((handle.cancel, ()))
+    log = []
+
+    def tick():
+        log.append(1)
+        loop.call_later(0, int).cancel()
+        loop.call_later(0, tick)
+
+    loop.call_later(0, tick)
+
+    def storm():
+        refused = 0
+        for _ in range(100):
+            for method, args in calls:
+                try:
+                    method(*args)
+                except RuntimeError:
+                    refused += 1
+        return refused
+
+    thread = Thread(loop.start)
+    wait_until(lambda: log)
+    assert at_once(4, storm) == [100 * len(calls)] * 4
+    loop.stop()
+    thread.join()
+    handle.cancel()
+    assert loop.stats()["pending_timeouts"] == 1
+
+
+def test_B12_start_in_many_threads(loop):
+    """One at a time runs, the others are refused."""
+
+    def start():
+        try:
+            loop.start()
+        except RuntimeError:
+            return "refused"
+        return "ran"
+
+    def stop_all(threads):
+        loop.stop()
+        return not any(thread.is_alive() for thread in threads)
+
+    for _ in range(20):
+        threads = [Thread(start) for _ in range(3)]
+        wait_until(functools.partial(stop_all, threads))
+        assert "ran" in [thread.join() for thread in threads]
+        assert not loop.running()
+
+
+def test_B17_the_ident_of_a_dead_thread(loop):
+    """Nobody owns a loop that does not run, whatever its thread was called."""
+    in_thread(loop.run_once, 0)
+    in_thread(loop.call_later, 0, int)
+    in_thread(loop.run_once, 0)
+    assert loop.stats()["timeouts"] == 1
+
+
+# -- add_callback from threads -------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["add_callback", "spawn_callback"])
+def test_B3_exact_counts(loop, method):
+    """Score row 29: what is accepted is run, each producer's in its order."""
+    threads, count = 4, 3000
+    log = []
+
+    def produce(name):
+        add = getattr(loop, method)
+        for i in range(count):
+            add(log.append, (name, i))
+
+    def stop_when_done():
+        if len(log) == threads * count:
+            loop.stop()
+        else:
+            loop.call_later(0.0005, stop_when_done)
+
+    loop.call_later(0, stop_when_done)
+    producers = [Thread(produce, name) for name in range(threads)]
+    loop.start()
+    for producer in producers:
+        producer.join()
+    for name in range(threads):
+        assert [i for n, i in log if n == name] == list(range(count))
+
+
+def test_B3_no_wake_up_is_lost(loop):
+    """One callback at a time to a loop that goes to sleep after each."""
+    rounds = 2000
+    gate = threading.Semaphore(0)
+
+    def ping():
+        for _ in range(rounds):
+            loop.add_callback(gate.release)
+            if not gate.acquire(timeout=20):
+                return "lost"
+        loop.stop()
+        return "done"
+
+    thread = Thread(ping)
+    loop.start()
+    assert thread.join() == "done"
+    assert loop.stats()["callbacks"] == rounds
+
+
+def test_B3_no_stop_is_lost(loop):
+    for _ in range(200):
+        thread = Thread(loop.stop)
+        loop.start()
+        thread.join()
+
+
+def test_B5_accepted_or_refused(poller):
+    """While another thread closes: each call either raises, or was in time."""
+    for _ in range(20):
+        loop = poller.module.IOLoop(impl=poller.impl())
+        barrier = threading.Barrier(3)
+
+        def produce(loop=loop, barrier=barrier):
+            accepted = 0
+            barrier.wait()
+            try:
+                while True:
+                    loop.add_callback(int)
+                    accepted += 1
+            except RuntimeError:
+                return accepted
+
+        producers = [Thread(produce) for _ in range(2)]
+        barrier.wait()
+        for _ in range(3):
+            loop.run_once(0)
+        loop.close()
+        assert all(thread.join() >= 0 for thread in producers)
+
+
+def test_B4_nothing_is_written_after_close(poller, tmp_path):
+    """Score: bytes of a doorbell in a foreign file that got its number."""
+    for _ in range(20):
+        loop = poller.module.IOLoop(impl=poller.impl())
+        before = set(os.listdir("/proc/self/fd"))
+        started = threading.Event()
+
+        def ring(loop=loop, started=started):
+            try:
+                while True:
+                    loop.stop()
+                    started.set()
+            except RuntimeError:
+                pass
+
+        threads = [Thread(ring) for _ in range(2)]
+        started.wait()
+        loop.run_once(0)
+        loop.close()
+        files = [open(tmp_path / str(i), "w+b", buffering=0) for i in range(4)]
+        for thread in threads:
+            thread.join()
+        assert [os.fstat(file.fileno()).st_size for file in files] == [0] * 4
+        for file in files:
+            file.close()
+        assert set(os.listdir("/proc/self/fd")) <= before
+
+
+def test_B5_stop_and_start_lose_no_callback(loop):
+    """What is added while the loop stops is run by the next start()."""
+    count, log = 3000, []
+
+    def produce():
+        for i in range(count):
+            loop.add_callback(log.append, i)
+            if i % 10 == 0:
+                loop.stop()
+
+    thread = Thread(produce)
+    while len(log) < count:
+        loop.call_later(0.001, loop.stop)
+        loop.start()
+    thread.join()
+    assert log == list(range(count))
+
+
+# -- The doorbell --------------------------------------------------------------
+
+
+class Doorbell(ScriptedPoller):
+    """A poller that counts what comes out of the doorbell."""
+
+    def __init__(self):
+        super().__init__()
+        self.rings = 0
+        self.actions = []
+
+    def poll(self, seconds):
+        self.polls.append(seconds)
+        if self.actions:
+            self.actions.pop(0)()
+        try:
+            self.rings += len(os.read(self.waker, 4096))
+        except BlockingIOError:
+            assert seconds >= 0, "asleep, and nobody rang"
+            return []
+        # The byte is gone: the loop finds an empty pipe, and does not mind.
+        return [(self.waker, READ)]
+
+
+@pytest.fixture
+def bell():
+    with ioloop.IOLoop(impl=Doorbell()) as loop:
+        yield loop
+
+
+def test_B26_rung_only_while_the_loop_sleeps(bell):
+    poller = bell._impl
+    for _ in range(100):
+        bell.add_callback(int)
+        in_thread(bell.add_callback, int)
+    bell.add_callback(bell.add_callback, in_thread, bell.add_callback, int)
+    turn(bell, 4)
+    assert poller.rings == 0
+    poller.actions = [lambda: in_thread(bell.add_callback, int)]
+    bell.run_once()
+    assert poller.rings == 1
+
+
+def test_B26_rung_once_until_answered(bell):
+    poller = bell._impl
+
+    def ring():
+        for _ in range(1000):
+            bell.add_callback(int)
+        at_once(4, bell.add_callback, int)
+        bell.stop()
+
+    for n in range(1, 4):
+        poller.actions = [ring]
+        bell.start()
+        assert poller.rings == n
+        turn(bell)
+    assert bell.stats()["pending_callbacks"] == 0
+
+
+def test_B26_not_rung_for_a_poll_that_does_not_wait(bell):
+    poller = bell._impl
+    poller.actions = [lambda: in_thread(bell.add_callback, int)]
+    bell.add_callback(bell.add_callback, int)
+    bell.run_once()
+    assert poller.rings == 0
+    turn(bell)
+    assert bell.stats()["pending_callbacks"] == 0
+
+
+def test_B3_queued_just_before_the_loop_sleeps():
+    """By a thread between two steps: the loop looks once more, and does not wait."""
+
+    def clock():
+        if armed:
+            armed.pop()
+            in_thread(loop.add_callback, int)
+        return 1000.0
+
+    armed = []
+    with ioloop.IOLoop(impl=Doorbell(), time_func=clock) as loop:
+        loop.call_later(FOREVER, int)
+        armed.append(True)
+        loop.run_once()
+        turn(loop)
+        assert loop.stats()["callbacks"] == 1
+        assert set(loop._impl.polls) == {0}
+
+
+@pytest.mark.parametrize("count", [1, 100_000])
+def test_B1_a_full_pipe_is_a_rung_bell(loop, count):
+    """EAGAIN is success: somebody else filled it."""
+    writer = os.open(f"/proc/self/fd/{doorbell()}", os.O_WRONLY | os.O_NONBLOCK)
+    try:
+        while True:
+            os.write(writer, b"!" * 4096)
+    except BlockingIOError:
+        os.close(writer)
+    added = []
+
+    def add():
+        for _ in range(count):
+            loop.add_callback(added.append, 1)
+        loop.add_callback(loop.stop)
+
+    thread = Thread(add)
+    loop.start()
+    thread.join()
+    assert len(added) == count
+    loop.call_later(0.001, loop.stop)
+    loop.start()
+
+
+def doorbell():
+    """The reading end of the pipe that was opened last."""
+    pipes = []
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):
+            flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+            is_pipe = os.readlink(f"/proc/self/fd/{fd}").startswith("pipe:")
+            if is_pipe and flags & (os.O_NONBLOCK | os.O_ACCMODE) == os.O_NONBLOCK:
+                pipes.append(fd)
+    return max(pipes)
+
+
+def test_errno_is_kept(loop):
+    """Whoever adds a callback may look at errno afterwards."""
+    with sleeping(loop):
+        ctypes.set_errno(77)
+        loop.add_callback(int)
+        assert ctypes.get_errno() == 77
+
+
+def test_E23_a_doorbell_without_a_reader_does_not_kill(poller):
+    """SIGPIPE, which a program may have set back to its default."""
+    done = poller.run(
+        """
+        import os, signal, threading
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        loop = ioloop.IOLoop(impl=impl())
+        loop.call_later(0.2, loop.stop)
+        threading.Thread(target=loop.add_callback, args=(int,)).start()
+        loop.start()
+        loop.close()
+        """
+    )
+    assert done.returncode == 0
+
+
+# -- Reentrancy ----------------------------------------------------------------
+
+
+def test_B7_a_signal_handler_that_adds_callbacks(loop):
+    """At any moment, also inside add_callback: no deadlock, and exact counts."""
+    added, log = 0, []
+
+    def handler(*_):
+        nonlocal added
+        added += 1
+        loop.add_callback_from_signal(log.append, "signal")
+
+    count = 0
+    with alarm(50e-6, handler, 50e-6):
+        while added < 300:
+            loop.add_callback(log.append, "plain")
+            count += 1
+            if count % 50 == 0:
+                loop.run_once(0)
+    turn(loop, 2)
+    assert log.count("plain") == count
+    assert log.count("signal") == added
+
+
+def test_B7_a_signal_that_is_pending_inside_the_loop(loop):
+    """Raised in C between two callbacks: handled before the loop sleeps."""
+    old = signal.signal(signal.SIGUSR1, lambda *_: loop.stop())
+    try:
+        loop.add_callback(*pend(signal.SIGUSR1))
+        loop.call_later(FOREVER, int)
+        loop.start()
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+
+
+def test_B8_finalizers_in_threads(loop):
+    """A __del__ that queues, run by the collector inside any allocation."""
+    threshold = gc.get_threshold()
+    gc.set_threshold(1)
+    count, log = 300, []
+
+    class Thing:
+        def __init__(self):
+            self.me = self
+
+        def __del__(self):
+            loop.add_callback(log.append, "del")
+
+    def produce():
+        for _ in range(count):
+            Thing()
+            loop.add_callback(log.append, "plain")
+
+    try:
+        threads = [Thread(produce) for _ in range(3)]
+        while any(thread.is_alive() for thread in threads):
+            loop.run_once(0)
+        for thread in threads:
+            thread.join()
+    finally:
+        gc.set_threshold(*threshold)
+    gc.collect()
+    turn(loop, 2)
+    assert log.count("plain") == log.count("del") == 3 * count
+
+
+def test_F9_other_threads_run_while_the_loop_sleeps(loop):
+    """The poll is without the GIL."""
+    with sleeping(loop):
+        assert in_thread(sum, range(1000)) == 499500
+
+
+def test_exceptions_in_a_thread_that_runs_the_loop(loop):
+    def run():
+        loop.add_callback(lambda: (_ for _ in ()).throw(Exit))
+        loop.start()
+
+    with pytest.raises(Exit):
+        in_thread(run)
+    assert not loop.running()
+
+
+def test_loops_in_many_threads(poller):
+    """Each has its own loop, and they ring each other."""
+    count, laps = 4, 50
+    loops = [poller.module.IOLoop(impl=poller.impl()) for _ in range(count)]
+    log = []
+
+    def token(n):
+        log.append(n)
+        if n == count * laps:
+            for loop in loops:
+                loop.stop()
+        else:
+            loops[n % count].add_callback(token, n + 1)
+
+    threads = [Thread(loop.start) for loop in loops]
+    loops[0].add_callback(token, 0)
+    for thread in threads:
+        thread.join()
+    for loop in loops:
+        loop.close()
+    assert log == list(range(count * laps + 1))
+
+
+def test_A32_an_fd_closed_by_another_thread_while_the_loop_sleeps(loop, poller):
+    with pairs(2) as [(a, b), (c, d)]:
+        log = []
+        loop.add_handler(a.fileno(), lambda *_: log.append("a"), READ)
+        loop.add_handler(c.fileno(), lambda *_: (log.append("c"), loop.stop()), READ)
+        number = a.fileno()
+        thread = Thread(loop.start)
+        wait_until(loop.running)
+        a.close()
+        b.close()
+        d.send(b"x")
+        thread.join()
+        assert log[-1] == "c"
+        loop.remove_handler(number)
+        loop.remove_handler(c)
+
+
+def test_time_is_not_stopped_by_a_flood(loop):
+    """Producers that never pause starve neither timeouts nor I/O."""
+    done = threading.Event()
+
+    def flood():
+        while not done.is_set():
+            if loop.stats()["pending_callbacks"] < 1000:
+                loop.add_callback(int)
+
+    threads = [Thread(flood) for _ in range(2)]
+    start = time.monotonic()
+    loop.call_later(0.02, loop.stop)
+    loop.start()
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - start < 20
