@@ -1,0 +1,1 @@
+"""ioloop and its peers, measured side by side: `python -m benchmarks --help`."""

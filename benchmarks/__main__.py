@@ -1,0 +1,149 @@
+"""Measures ioloop and its peers side by side and prints one table.
+
+Each measurement has a process of its own.  The peers take turns: one round of a
+case runs every peer once, and the table shows the medians of the rounds.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+from benchmarks import build, chart, report
+from benchmarks.loops import DOOR, FLOOR, PEERS, installed
+from benchmarks.scenarios import CASES
+
+HERE = Path(__file__).parent
+
+# A peer that fails is the peer's affair; one of these makes the run a failure.
+OURS = ("ioloop", DOOR, "seed", FLOOR)
+
+
+def arguments():
+    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
+    parser.add_argument(
+        "scenarios",
+        nargs="*",
+        help="the beginnings of the names of those to run (all): "
+        + ", ".join(case.name for case in CASES),
+    )
+    parser.add_argument(
+        "--peers",
+        type=lambda names: names.split(","),
+        help="comma-separated, of " + ",".join(PEERS),
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument(
+        "--quick",
+        "--smoke",
+        action="store_true",
+        help="tiny counts, one round: shows that all works and no more",
+    )
+    parser.add_argument(
+        "--chart",
+        type=Path,
+        help="where to write the SVG chart; a whole run writes benchmarks/chart.svg",
+    )
+    parser.add_argument("--json", type=Path, help="where to write all raw figures")
+    options = parser.parse_args()
+    if unknown := set(options.peers or PEERS) - set(PEERS):
+        parser.error(f"no such peer: {', '.join(sorted(unknown))}")
+    options.cases = [
+        case
+        for case in CASES
+        if not options.scenarios or case.name.startswith(tuple(options.scenarios))
+    ]
+    if not options.cases:
+        parser.error("no such scenario")
+    if not (options.chart or options.quick or options.scenarios or options.peers):
+        options.chart = HERE / "chart.svg"
+    options.peers = options.peers or PEERS
+    return options
+
+
+def measure(tools, peer, case, quick):
+    """The figures of one measurement, or what went wrong as a string."""
+    command = [sys.executable, "-m", "benchmarks.worker", peer, case.name]
+    patience = 20 if quick else 180
+    try:
+        answer = subprocess.run(
+            [*command, "--quick"] if quick else command,
+            cwd=HERE.parent,
+            env={**os.environ, "BENCHMARKS_TOOLS": str(tools)},
+            capture_output=True,
+            text=True,
+            timeout=patience,
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer within {patience} s"
+    if answer.returncode:
+        reason = answer.stderr.strip() or f"exit status {answer.returncode}"
+        return reason
+    return json.loads(answer.stdout)
+
+
+def rounds_of(tools, case, peers, rounds, quick):
+    """All figures of a case: {peer: [one dict a round]}, the peers in turns."""
+    figures = {peer: [] for peer in peers if case.applies_to(peer)}
+    failed = set()
+    for _ in range(1 if quick else case.rounds or rounds):
+        for peer in random.sample(sorted(figures), len(figures)):
+            if peer in failed:
+                continue
+            answer = measure(tools, peer, case, quick)
+            if isinstance(answer, str):
+                print(f"{case.name}, {peer}: {answer}", file=sys.stderr)
+                failed.add(peer)
+            else:
+                figures[peer].append(answer)
+    return {peer: [] if peer in failed else figures[peer] for peer in figures}
+
+
+def medians_of(figures, row):
+    return {
+        peer: median(answer[row.figure] for answer in answers)
+        for peer, answers in figures.items()
+        if answers
+    }
+
+
+def main():
+    options = arguments()
+    raw = {}
+    with tempfile.TemporaryDirectory() as directory:
+        tools = Path(directory)
+        peers = [peer for peer in options.peers if installed(peer)]
+        build.build(tools, door=DOOR in peers)
+        for number, case in enumerate(options.cases, 1):
+            print(f"{number}/{len(options.cases)} {case.name}", file=sys.stderr)
+            raw[case.name] = rounds_of(
+                tools, case, peers, options.rounds, options.quick
+            )
+
+    results = [
+        (case, row, medians_of(raw[case.name], row))
+        for case in options.cases
+        for row in case.rows
+    ]
+    print(report.table(results, options.peers, set(options.peers) - set(peers)))
+    if options.chart:
+        options.chart.write_text(chart.svg(results, report.machine()))
+    if options.json:
+        content = {"machine": report.machine(), "quick": options.quick, "raw": raw}
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    failed = [
+        peer
+        for figures in raw.values()
+        for peer, answers in figures.items()
+        if peer in OURS and not answers
+    ]
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

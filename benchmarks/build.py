@@ -1,0 +1,33 @@
+"""Builds the compiled parts into a directory of the caller's choice."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+SETUP = """
+from setuptools import Extension, setup
+setup(
+    name="door",
+    ext_modules=[Extension("door", ["door.pyx"], extra_compile_args=["-O2"])],
+)
+"""
+
+
+def build(directory, door):
+    """Builds `floor` and `load`, and `door.so` if asked; says why when that fails."""
+    for name in ("floor", "load"):
+        command = ["cc", "-O2", "-pthread", "-o", directory / name]
+        subprocess.run([*command, HERE / f"{name}.c"], check=True)
+    if not door:
+        return
+    shutil.copy(HERE / "door.pyx", directory)
+    (directory / "setup.py").write_text(SETUP)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    answer = subprocess.run(command, cwd=directory, capture_output=True, text=True)
+    if answer.returncode:
+        print(answer.stderr or answer.stdout, file=sys.stderr)
+        return
+    next(directory.glob("door.*.so")).rename(directory / "door.so")

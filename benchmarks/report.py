@@ -1,0 +1,95 @@
+"""The table, and the machine it was measured on."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+from benchmarks.loops import DOOR, FLOOR
+from benchmarks.targets import best_peer
+
+
+def machine():
+    return (
+        f"{os.cpu_count()} x {processor()}, {platform.system()} {platform.release()}, "
+        f"{platform.python_implementation()} {platform.python_version()}"
+    )
+
+
+def processor():
+    try:
+        with open("/proc/cpuinfo") as lines:
+            models = [line for line in lines if line.startswith("model name")]
+        return models[0].split(":")[1].strip()
+    except (OSError, IndexError):
+        return platform.machine()
+
+
+def versions(peers):
+    found = []
+    for peer in peers:
+        try:
+            found.append(f"{peer} {version(peer)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def number(value):
+    if value is None:
+        return "-"
+    if abs(value) >= 100 or value == int(value):
+        return f"{value:.0f}"
+    return f"{value:.3g}"
+
+
+def table(results, peers, absent):
+    """A Markdown table, aligned so that it reads well as plain text too."""
+    peers = [*peers]
+    lines = [["scenario", "unit", *peers, "best/ioloop", "ioloop/C", "targets"]]
+    met = missed = 0
+    for case, row, medians in results:
+        label = case.name if row.figure == "wall" else f"{case.name}, {row.figure}"
+        verdicts = [target.verdict(medians) for target in row.targets]
+        marks = []
+        for text, ok in filter(None, verdicts):
+            marks.append(f"{'yes' if ok else 'NO'} ({text})")
+            met, missed = met + bool(ok), missed + (not ok)
+        lines.append(
+            [
+                label,
+                row.unit,
+                *("absent" if p in absent else number(medians.get(p)) for p in peers),
+                *ratios(row, medians),
+                "; ".join(marks),
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    right = [False, False, *[True] * (len(widths) - 3), False]
+    rule = [
+        "-" * (width - 1) + (":" if is_right else "-")
+        for width, is_right in zip(widths, right, strict=True)
+    ]
+    text = [
+        "| " + " | ".join(
+            cell.rjust(width) if is_right else cell.ljust(width)
+            for cell, width, is_right in zip(line, widths, right, strict=True)
+        ) + " |"
+        for line in [lines[0], rule, *lines[1:]]
+    ]  # fmt: skip
+    packages = versions(p for p in peers if p not in (DOOR, FLOOR, *absent))
+    head = [machine(), packages, ""]
+    tail = ["", f"Targets met: {met} of {met + missed}."]
+    return "\n".join([*head, *text, *tail])
+
+
+def ratios(row, medians):
+    if row.unit == "1/s":  # less is better everywhere else
+        return "-", "-"
+    own, best = medians.get("ioloop"), medians.get(best_peer(medians))
+    return ratio(best, own), ratio(own, medians.get(FLOOR))
+
+
+def ratio(above, below):
+    if above is None or not below or above * below < 0:
+        return "-"
+    return f"{above / below:.2f}"

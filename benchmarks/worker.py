@@ -1,0 +1,78 @@
+"""One measurement in a process of its own: `python -m benchmarks.worker PEER CASE`.
+
+The figures go to standard output as JSON.  BENCHMARKS_TOOLS names the directory
+where build.py has put the compiled parts.
+"""
+
+import importlib.util
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks import scenarios
+from benchmarks.loops import DOOR, FLOOR, LOOPS
+
+TOOLS = Path(os.environ.get("BENCHMARKS_TOOLS", ""))
+
+
+def measure(peer, name, quick=False):
+    case = next(case for case in scenarios.CASES if case.name == name)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if case.run is scenarios.importing:
+        return case.run(LOOPS[peer])
+    if peer == FLOOR:
+        run = floor
+    elif peer == DOOR:
+        run = door
+    else:
+        run = with_adapter(LOOPS[peer])
+    if not quick and case.warm_up:
+        run(case.run, **case.quick)
+    return run(case.run, **(case.quick if quick else case.parameters))
+
+
+def with_adapter(adapter):
+    def run(scenario, **parameters):
+        if scenario is scenarios.echo:
+            parameters["load"] = TOOLS / "load"
+        loop = adapter()
+        try:
+            return scenario(loop, **parameters)
+        finally:
+            loop.close()
+
+    return run
+
+
+def floor(scenario, **parameters):
+    command = [str(TOOLS / "floor"), scenario.__name__]
+    if scenario is scenarios.echo:
+        server = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            preexec_fn=lambda: os.sched_setaffinity(0, {scenarios.SERVER_CORE}),
+        )
+        try:
+            port = int(server.stdout.readline())
+            return scenarios.run_load(TOOLS / "load", port, server.pid, **parameters)
+        finally:
+            server.kill()
+            server.communicate()
+    command += [str(value) for value in parameters.values()]
+    answer = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    return json.loads(answer.stdout)
+
+
+def door(scenario, **parameters):
+    spec = importlib.util.spec_from_file_location("door", TOOLS / "door.so")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.run(scenario.__name__, TOOLS / "load", **parameters)
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1], sys.argv[2], "--quick" in sys.argv)))
