@@ -615,7 +615,7 @@ cdef class IOLoop(_Referable):
     cdef bint opened, forked, stopping, shared, embedded, in_main_thread
     cdef int wakeup             # the signal wakeup fd that start() put aside
     cdef int skipped            # polls left out since the last one
-    cdef int held               # polls that kept the GIL since one that did not
+    cdef int held               # polls and events since the GIL was offered
     cdef bint eager             # the last poll found events at once
     cdef int64_t tick           # the coarse time of the last poll
     cdef int64_t renewed        # when the poller was last rebuilt
@@ -1154,9 +1154,14 @@ cdef enum:
     PASSES_PER_POLL = 16
 
     # A poll that found events at once is followed by one that doesn't wait, which
-    # keeps the GIL and reads no clock; other threads get the GIL now and then.
+    # keeps the GIL and reads no clock.
     EAGER = 5000            # nanoseconds that are at once
-    POLLS_PER_SHARE = 64
+    SHARE = 64              # polls and events, after which the GIL is offered
+
+# Any Python function gives the GIL away to a thread that has waited for it for a
+# switch interval.  Releasing it would not do: whoever waits is woken, comes too late,
+# and waits for a whole interval anew.
+_share = eval("lambda: None")
 
 
 cdef int _iterate(IOLoop loop, int64_t limit) except -1:
@@ -1243,8 +1248,9 @@ cdef int _poll_events(IOLoop loop, int64_t limit) except -1:
         return 0
     loop.polls += 1
     if wait == 0 or loop.eager:
+        _share_gil(loop)  # which may raise: nothing has been collected yet
         n = poller.wait(0)
-        _share_gil(loop)
+        loop.held += 1 + n
         loop.eager = n > 0 and not poller.foreign
     if n == 0 and wait != 0:
         n = _sleep(loop, wait)
@@ -1271,12 +1277,10 @@ cdef bint _may_skip_poll(IOLoop loop) noexcept:
 
 
 cdef int _share_gil(IOLoop loop) except -1:
-    """Let other threads run, should all that runs here be C."""
-    loop.held += 1
-    if loop.held == POLLS_PER_SHARE:
+    """Let other threads run now and then, should all that runs here be C."""
+    if loop.held >= SHARE:
         loop.held = 0
-        with nogil:
-            pass
+        _share()
     return 0
 
 

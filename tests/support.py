@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import sysconfig
 import threading
 import time
@@ -132,6 +133,32 @@ def sleeping(loop):
     finally:
         loop.stop()
         thread.join()
+
+
+@contextlib.contextmanager
+def busy_in_thread(loop):
+    """A thread that runs `loop`, which has something to do all the time."""
+    thread = Thread(loop.start)
+    try:
+        wait_until(lambda: loop.stats()["polls"])
+        yield
+    finally:
+        loop.stop()
+        thread.join()
+
+
+def assert_shares_gil(loop, turns=30):
+    """Give the GIL away; the loop gives it back, after a bounded number of passes."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(0.005)
+    try:
+        before = loop.stats()["iterations"]
+        for _ in range(turns):
+            time.sleep(0)
+        # Some 50,000 passes fit into an interval.
+        assert loop.stats()["iterations"] - before < turns * 500_000
+    finally:
+        sys.setswitchinterval(interval)
 
 
 # -- Signals -------------------------------------------------------------------

@@ -43,7 +43,17 @@ from helpers import (
     run_until,
     turn,
 )
-from support import FOREVER, Exit, Thread, fail, in_thread, readable, sleeping
+from support import (
+    FOREVER,
+    Exit,
+    Thread,
+    assert_shares_gil,
+    busy_in_thread,
+    fail,
+    in_thread,
+    readable,
+    sleeping,
+)
 
 import ioloop
 
@@ -827,6 +837,23 @@ def test_post_from_threads_without_the_gil(client, loop):
             thread.join()
     turn(loop)
     assert (counter.value, len(calls)) == (posted, added)
+
+
+@pytest.mark.parametrize("work", ["handlers", "timer", "callback"])
+def test_F9_other_threads_run_while_the_loop_is_busy_in_c(client, loop, work):
+    """Nothing but C runs, and still a thread that waits for the GIL gets it."""
+    counter = client.Counter()
+    with pair() as (a, b):
+        if work == "handlers":
+            client.play_handlers(loop, counter, a.fileno(), b.fileno())
+        elif work == "timer":
+            client.play_timer(loop, counter)
+        else:
+            client.play_callback(loop, counter)
+        with busy_in_thread(loop):
+            assert_shares_gil(loop)
+        loop.remove_handler(a)
+        loop.remove_handler(b)
 
 
 def test_posts_while_the_ring_grows(client, make_loop):

@@ -19,9 +19,12 @@ from support import (
     Exit,
     Thread,
     alarm,
+    assert_shares_gil,
     at_once,
+    busy_in_thread,
     in_thread,
     pend,
+    readable,
     sleeping,
     wait_until,
 )
@@ -509,6 +512,28 @@ def test_F9_other_threads_run_while_the_loop_sleeps(loop):
     """The poll is without the GIL."""
     with sleeping(loop):
         assert in_thread(sum, range(1000)) == 499500
+
+
+def chain(loop, a):
+    loop.add_callback(chain, loop, a)
+
+
+def ticks(loop, a):
+    loop.call_later(0, ticks, loop, a)
+
+
+def never_reads(loop, a):
+    loop.add_handler(a, lambda *_: None, READ)
+
+
+@pytest.mark.parametrize("work", [chain, ticks, never_reads])
+def test_F9_other_threads_run_while_the_loop_is_busy(loop, work):
+    """A thread that waits for the GIL has it after one switch interval."""
+    with readable() as (a, _):
+        work(loop, a)
+        with busy_in_thread(loop):
+            assert_shares_gil(loop)
+        loop.remove_handler(a)
 
 
 def test_exceptions_in_a_thread_that_runs_the_loop(loop):
