@@ -1153,6 +1153,8 @@ cdef enum:
     # a short callback.
     PASSES_PER_POLL = 16
 
+    SLACK = 50000           # nanoseconds, unless prctl() has set another
+
     # A poll that found events at once is followed by one that doesn't wait, which
     # keeps the GIL and reads no clock.
     EAGER = 5000            # nanoseconds that are at once
@@ -1312,8 +1314,17 @@ cdef int _sleep(IOLoop loop, int64_t wait) except -1:
     return n
 
 
+cdef inline int64_t _less_slack(int64_t ns) noexcept:
+    """What to ask of Linux, to sleep for `ns`: it sleeps longer by the thread's timer
+    slack, or by 0.1 %.  Should it not, then the rest is slept in a second poll."""
+    cdef int64_t slack = max(SLACK, ns // 1000)
+    return ns - slack if HAVE_EPOLL and ns > slack else ns
+
+
 cdef int _wait(IOLoop loop, int64_t wait) except -1:
     cdef sigset_t every
+    if not loop.poller.foreign:
+        wait = _less_slack(wait)
     if not (loop.in_main_thread and loop.wakeup == NOT_OURS and loop.poller.maskable):
         return loop.poller.wait(0 if _is_awake(loop) else wait)
     # A signal does not ring the doorbell: let none come but in the poll.
@@ -2961,8 +2972,6 @@ cdef object not_pollable(int fd):
 # - Regular files get EPERM.
 # - epoll_wait counts in milliseconds.  epoll_pwait2 (5.11) in nanoseconds, but a
 #   seccomp filter may refuse it with EPERM, as an old kernel does with ENOSYS.
-# - The kernel may sleep 0.1 % longer than asked (timer slack): long sleeps are
-#   cut short by as much and the rest is slept in a second poll.
 
 cdef class _EPoll(_Poller):
     """The poller on Linux's epoll."""
@@ -3065,8 +3074,6 @@ cdef int _wait_epoll(_EPoll poller, int64_t ns) noexcept:
     with nogil:
         if ns == FOREVER:
             return epoll_pwait(poller.handle, poller.buffer, room, -1, mask)
-        if ns > SECOND // 20:
-            ns -= ns // 1000
         if not poller.coarse:
             timeout = as_timespec(ns)
             count = epoll_pwait2(poller.handle, poller.buffer, room, &timeout, mask)
