@@ -614,7 +614,7 @@ cdef class IOLoop(_Referable):
     cdef unsigned long thread   # the one that runs the loop, or 0
     cdef bint opened, forked, stopping, shared, embedded, in_main_thread
     cdef int wakeup             # the signal wakeup fd that start() put aside
-    cdef int skipped            # polls left out since the last one
+    cdef uint64_t polled        # callbacks run before the last poll among them
     cdef int held               # polls and events since the GIL was offered
     cdef bint eager             # the last poll found events at once
     cdef int64_t tick           # the coarse time of the last poll
@@ -1022,7 +1022,7 @@ cdef class IOLoop(_Referable):
             "iterations": self.iterations,
             "polls": self.polls,
             "events": self.events,
-            "callbacks": self.queue.head + load64(&self.queue.door.head),
+            "callbacks": _count_run(self.queue),
             "timeouts": self.timers.fired,
             "pending_callbacks": _pending(self.queue),
             "pending_timeouts": self.timers.count + self.timers.lates,
@@ -1147,11 +1147,10 @@ cdef int _reinit(IOLoop loop) except -1:
 # -- The iteration -------------------------------------------------------------
 
 cdef enum:
-    # While callbacks wait, the kernel is asked for events in every pass of a
-    # Python poller, and in one of so many passes (or once a tick of the coarse
-    # clock, a few milliseconds) of a native one: a system call costs more than
-    # a short callback.
-    PASSES_PER_POLL = 16
+    # While callbacks wait, a native poller is asked for events once in so many of
+    # them, or once a tick of the coarse clock, a few milliseconds: a system call
+    # costs more than a short callback.
+    CALLBACKS_PER_POLL = 64
 
     SLACK = 50000           # nanoseconds, unless prctl() has set another
 
@@ -1267,14 +1266,13 @@ cdef int _poll_events(IOLoop loop, int64_t limit) except -1:
 
 cdef bint _may_skip_poll(IOLoop loop) noexcept:
     cdef int64_t tick
+    cdef uint64_t ran = _count_run(loop.queue)
     if loop.poller.foreign:
         return False
     tick = _read_clock(CLOCK_COARSE)
-    loop.skipped += 1
-    if loop.skipped < PASSES_PER_POLL and tick == loop.tick:
+    if ran - loop.polled < CALLBACKS_PER_POLL and tick == loop.tick:
         return True
-    loop.skipped = 0
-    loop.tick = tick
+    loop.polled, loop.tick = ran, tick
     return False
 
 
@@ -1809,6 +1807,10 @@ cdef inline int _queue_call(IOLoop loop, object callback, object args, dict kwar
     _check_open(loop)
     require_callable(callback)
     return _push(loop.queue, make_call(callback, args, kwargs, context))
+
+
+cdef inline uint64_t _count_run(_Queue queue) noexcept:
+    return queue.head + load64(&queue.door.head)
 
 
 cdef inline uint64_t _pending(_Queue queue) noexcept:

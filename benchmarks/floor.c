@@ -25,7 +25,7 @@
 
 #define CHECK(call) ((call) < 0 ? (perror(#call), exit(1), 0) : 0)
 
-enum { BATCH = 256, PASSES_PER_POLL = 16, CHUNK = 131072 };
+enum { BATCH = 256, CALLBACKS_PER_POLL = 64, CHUNK = 131072 };
 
 typedef void (*function)(void *);
 
@@ -190,8 +190,8 @@ static void run(struct loop *loop)
     struct epoll_event events[BATCH];
     struct timespec pause;
 
-    for (unsigned pass = 1;; pass++) {
-        for (size_t n = loop->queue.count; n; n--) {
+    for (size_t ran = 0;;) {
+        for (size_t n = loop->queue.count; n; n--, ran++) {
             struct callback c = pop(&loop->queue);
             c.run(c.arg);
         }
@@ -205,8 +205,9 @@ static void run(struct loop *loop)
         }
         if (loop->stopped)
             break;
-        if (loop->queue.count && pass % PASSES_PER_POLL)
+        if (loop->queue.count && ran < CALLBACKS_PER_POLL)
             continue;
+        ran = 0;
 
         int64_t sleep = 0;
         struct timespec *limit = &pause;
