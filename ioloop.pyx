@@ -475,6 +475,13 @@ cdef inline int check(int rc) except -1:
     return rc
 
 
+cdef void *reallocate(void *block, size_t size) except NULL:
+    cdef void *moved = realloc(block, size)
+    if moved == NULL:
+        raise MemoryError
+    return moved
+
+
 cdef inline int64_t monotonic() noexcept nogil:
     return _read_clock(CLOCK_MONOTONIC)
 
@@ -2275,7 +2282,7 @@ cdef int _arm(_Timers timers, _Timeout timeout, int64_t deadline,
     """Put a dead timeout into the heap, or aside if this pass is not its."""
     cdef _Entry entry
     while timers.spares == 0:
-        _resize_timers(timers, timers.room + timers.room // 2 + 64)
+        _grow_timers(timers)
     # From here on nothing can run that would use up what is spare.
     timers.spares -= 1
     timeout.slot = timers.spare[timers.spares]
@@ -2316,7 +2323,7 @@ cdef int _cancel(_Timeout timeout) except -1:
     _release(timers, timeout)
     if timers.room > SPACIOUS and timers.room - timers.spares < timers.room // 4:
         try:
-            _resize_timers(timers, timers.room // 2)
+            _shrink_timers(timers, timers.room // 2)
         except MemoryError:
             pass  # it is cancelled all the same
     return 0
@@ -2330,8 +2337,25 @@ cdef inline object _release(_Timers timers, _Timeout timeout):
     return take(timers.calls, timeout.slot)
 
 
-cdef int _resize_timers(_Timers timers, Py_ssize_t room) except -1:
-    """Change the room, to what the timeouts need at least."""
+cdef int _grow_timers(_Timers timers) except -1:
+    """Add slots."""
+    # The allocation may collect garbage, and that may add and cancel timeouts.
+    cdef list more = [None] * (timers.room // 2 + 64)
+    cdef Py_ssize_t room = timers.room + len(more), i
+    timers.heap = <_Entry *>reallocate(timers.heap, room * sizeof(_Entry))
+    timers.spare = <int *>reallocate(timers.spare, room * sizeof(int))
+    timers.calls.extend(more)
+    for i in range(1, timers.lates + 1):
+        _place(timers.heap, room - i, timers.heap[timers.room - i])
+    for i in range(room - 1, timers.room - 1, -1):
+        timers.spare[timers.spares] = <int>i
+        timers.spares += 1
+    timers.room = room
+    return 0
+
+
+cdef int _shrink_timers(_Timers timers, Py_ssize_t room) except -1:
+    """Move to fewer slots, unless there are too many timeouts for them."""
     # The allocation may collect garbage, and that may add and cancel timeouts.
     cdef list calls = [None] * room, old
     cdef _Entry *heap = <_Entry *>malloc(room * sizeof(_Entry))
@@ -2685,16 +2709,12 @@ cdef int _remove_handler(IOLoop loop, int fd) except -1:
 cdef int _reserve(_Table table, Py_ssize_t size) except -1:
     """Make the tables that long, at least."""
     cdef list more
-    cdef void *slots
     cdef Py_ssize_t room
     while table.size < size:
         more = [None] * (max(size, 2 * table.size, 32) - table.size)
         # That may have collected garbage, and that added handlers: count from here.
         room = table.size + len(more)
-        slots = realloc(table.slots, room * sizeof(_Slot))
-        if slots == NULL:
-            raise MemoryError
-        table.slots = <_Slot *>slots
+        table.slots = <_Slot *>reallocate(table.slots, room * sizeof(_Slot))
         memset(&table.slots[table.size], 0, len(more) * sizeof(_Slot))
         table.handlers.extend(more)
         table.size = room
@@ -2833,9 +2853,7 @@ cdef class _Poller(_Referable):
     def __cinit__(self, *args):
         self.handle = -1
         self.room = 256
-        self.ready = <_Ready *>malloc(self.room * sizeof(_Ready))
-        if self.ready == NULL:
-            raise MemoryError
+        self.ready = <_Ready *>reallocate(NULL, self.room * sizeof(_Ready))
 
     def __dealloc__(self):
         free(self.ready)
@@ -2904,10 +2922,9 @@ cdef class _Poller(_Referable):
 
 cdef int _widen(_Poller poller) except -1:
     """Make room for twice as many events."""
-    cdef void *ready = realloc(poller.ready, 2 * poller.room * sizeof(_Ready))
-    if ready == NULL:
-        raise MemoryError
-    poller.ready, poller.room = <_Ready *>ready, 2 * poller.room
+    poller.ready = <_Ready *>reallocate(
+        poller.ready, 2 * poller.room * sizeof(_Ready))
+    poller.room *= 2
     return 0
 
 
@@ -2984,9 +3001,8 @@ cdef class _EPoll(_Poller):
 
     def __cinit__(self, *args):
         self.buffer_room = 256
-        self.buffer = <epoll_event *>malloc(self.buffer_room * sizeof(epoll_event))
-        if self.buffer == NULL:
-            raise MemoryError
+        self.buffer = <epoll_event *>reallocate(
+            NULL, self.buffer_room * sizeof(epoll_event))
         self.handle = above_stdio(check(epoll_create1(EPOLL_CLOEXEC)))
         self.maskable = True
 
@@ -3121,9 +3137,7 @@ cdef class _KQueue(_Poller):
     def __cinit__(self, *args):
         self.watched = {}
         self.buffer_room = 256
-        self.buffer = <kevent_t *>malloc(self.buffer_room * sizeof(kevent_t))
-        if self.buffer == NULL:
-            raise MemoryError
+        self.buffer = <kevent_t *>reallocate(NULL, self.buffer_room * sizeof(kevent_t))
         _open_kqueue(self)
 
     def __dealloc__(self):
@@ -3254,15 +3268,12 @@ cdef int _note_kevent(_KQueue poller, int n, kevent_t *event) except -1:
 
 
 cdef int _make_positions(_KQueue poller, int count) except -1:
-    cdef int *position
     if count > poller.positions:
         count = max(count, 2 * poller.positions, 64)
-        position = <int *>realloc(poller.position, count * sizeof(int))
-        if position == NULL:
-            raise MemoryError
-        memset(&position[poller.positions], 0,
+        poller.position = <int *>reallocate(poller.position, count * sizeof(int))
+        memset(&poller.position[poller.positions], 0,
                (count - poller.positions) * sizeof(int))
-        poller.position, poller.positions = position, count
+        poller.positions = count
     return 0
 
 
