@@ -2301,6 +2301,16 @@ cdef int _arm(_Timers timers, _Timeout timeout, int64_t deadline,
     return 0
 
 
+cdef int _move(_Timers timers, _Timeout timeout, int64_t deadline) noexcept:
+    """Cancel and arm at once, outside of a pass."""
+    cdef _Entry entry
+    entry.deadline, entry.timeout = deadline, <PyObject *>timeout
+    timeout.stamp = timers.added
+    timers.added += 1
+    _sift(timers.heap, timers.count, timeout.index, entry)
+    return 0
+
+
 cdef void _add_late(_Timers timers) noexcept:
     """After the pass: what it was not to run."""
     cdef _Entry entry
@@ -2415,10 +2425,7 @@ cdef _Timeout _extract(_Timers timers, Py_ssize_t index):
     timers.count -= 1
     if index != timers.count:
         last = timers.heap[timers.count]
-        if index and _precedes(&last, &timers.heap[(index - 1) >> 2]):
-            _sift_up(timers.heap, index, last)
-        else:
-            _sift_down(timers.heap, timers.count, index, last)
+        _sift(timers.heap, timers.count, index, last)
     return timeout
 
 
@@ -2431,6 +2438,14 @@ cdef inline bint _precedes(_Entry *one, _Entry *other) noexcept:
 cdef inline void _place(_Entry *heap, Py_ssize_t index, _Entry entry) noexcept:
     heap[index] = entry
     (<_Timeout>entry.timeout).index = <int>index
+
+
+cdef inline void _sift(_Entry *heap, Py_ssize_t count, Py_ssize_t index,
+                       _Entry entry) noexcept:
+    if index and _precedes(&entry, &heap[(index - 1) >> 2]):
+        _sift_up(heap, index, entry)
+    else:
+        _sift_down(heap, count, index, entry)
 
 
 cdef void _sift_up(_Entry *heap, Py_ssize_t index, _Entry entry) noexcept:
@@ -3793,6 +3808,8 @@ cdef int c_start_timer(object timer, int64_t delay) except -1:
     deadline = later(_now(self.timers), delay)
     if self.timers.closed:
         raise RuntimeError("IOLoop is closed")
+    if self.timeout.timers != NULL and not self.timers.passing:
+        return _move(self.timers, self.timeout, deadline)
     _cancel(self.timeout)
     return _arm(self.timers, self.timeout, deadline, self)
 
