@@ -609,6 +609,7 @@ def sweep_errors(poller):
 def prepare():
     """No collection, no log and no hang in the middle of a sweep."""
     gc.disable()
+    gc.freeze()  # what is there by now needn't be looked at by each gc.collect()
     logging.disable()
     faulthandler.dump_traceback_later(240, exit=True)
 
