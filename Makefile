@@ -1,5 +1,6 @@
 # make demo    the echo server of examples/, driven by a real client
-# make test    the whole suite but the slow tests; make test-all runs those too
+# make test    the whole suite but the slow tests
+# make test-all  those too, and lint, sanitize and leaks
 # make bench   the benchmarks
 # make lint    Cython, C and Python, with every warning an error
 # make sanitize  the tests under ASan, UBSan, TSan and valgrind (tests/sanitize.sh)
@@ -27,7 +28,8 @@ test: $(VENV)/test
 	$(BIN)/pytest -m "not slow" $(ARGS)
 
 test-all: $(VENV)/test
-	IOLOOP_TEST_TIMEOUT=300 $(BIN)/pytest $(ARGS)
+	IOLOOP_TEST_TIMEOUT=300 $(BIN)/pytest
+	$(MAKE) lint sanitize leaks
 
 bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks $(ARGS)
