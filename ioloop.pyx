@@ -21,13 +21,14 @@ One iteration of the loop has five steps:
    else for ever.
 5. Run the handlers of the file descriptors that are ready.
 
-Whatever a step adds to the queue, the timeouts or the handlers waits for the
-next iteration, so none of the three can starve the others.
+A step does not run what it adds itself: a callback that adds a callback, or a
+timeout a timeout, has it run in the next iteration, so none of the three can
+starve the others.
 
 Threads: a loop belongs to the thread that runs it.  `add_callback`,
 `add_callback_from_signal`, `spawn_callback`, `add_future`, `stop`, `time`,
-`running` and `stats` may be called from any thread; every other method raises
-RuntimeError when another thread runs the loop.
+`running`, `stats` and `fileno` may be called from any thread; every other
+method raises RuntimeError when another thread runs the loop.
 
 Signals: Python's signal handlers run between the steps, in the main thread,
 at once, also when the loop sleeps.  They may call `add_callback` and `stop`.
@@ -49,7 +50,7 @@ from cpython.ref cimport Py_INCREF, Py_DECREF
 from libc.errno cimport (
     EAGAIN, EBADF, EEXIST, EINTR, EINVAL, ENOENT, ENOMEM, ENOSYS, EPERM, EPIPE, errno)
 from libc.limits cimport INT_MAX
-from libc.math cimport ceil, floor, isnan
+from libc.math cimport HUGE_VAL, ceil, floor, isnan
 from libc.stdint cimport (
     INT64_MAX, INT64_MIN, UINT64_MAX, int64_t, uint32_t, uint64_t, uintptr_t)
 from libc.stdlib cimport calloc, free, malloc, realloc
@@ -67,6 +68,11 @@ from posix.time cimport (
     CLOCK_MONOTONIC, CLOCK_REALTIME, ITIMER_REAL, clock_gettime, itimerval,
     setitimer, timespec)
 from posix.unistd cimport close, read, write
+
+# Cython lets a vendored copy have this name too, if nobody has it yet.
+if __name__ != "ioloop" and "ioloop" in sys.modules:
+    if vars(sys.modules["ioloop"]) is globals():
+        del sys.modules["ioloop"]
 
 __version__ = "0.1.0"
 __all__ = ["IOLoop", "PeriodicCallback", "TimeoutError"]
@@ -578,10 +584,16 @@ def _remember(loop):
 
 
 def _after_fork_in_child():
+    put_aside = {}  # by running loops, one inside of the other: wakeup fds
     for reference in list(_loops.values()):
         loop = reference()
         if loop is not None:
-            _orphan(loop)
+            _orphan(loop, put_aside)
+    if put_aside:
+        fd = _signal.set_wakeup_fd(-1)
+        while fd in put_aside:
+            fd = put_aside.pop(fd)
+        _set_wakeup_fd(fd)
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
@@ -648,6 +660,8 @@ cdef class IOLoop(_Referable):
         queue = _Queue()
         impl = _poll() if impl is None else impl
         poller = impl if type(impl) in (_EPoll, _KQueue, _Select) else _Foreign(impl)
+        if (<_Poller>poller).taken:
+            raise ValueError("the poller is another IOLoop's")
         self.table = _Table()
         self.timers = _Timers(time_func)
         self.watchdog = _Watchdog()
@@ -656,8 +670,10 @@ cdef class IOLoop(_Referable):
         if self.poller.foreign:
             (<_Foreign>poller).table = self.table
         self.queue = queue
+        self.wakeup = NOT_OURS
         _add_doorbell(self)
         self._impl = impl
+        self.poller.taken = True
         _remember(self)
         self.opened = True
 
@@ -679,6 +695,11 @@ cdef class IOLoop(_Referable):
     def initialized():
         """Tell whether the process's loop exists.  Any thread."""
         return "loop" in _process
+
+    @staticmethod
+    def clear_instance():
+        """Forget the process's loop, which is not closed.  Any thread."""
+        _process.pop("loop", None)
 
     def install(self):
         """Make this the process's loop; RuntimeError if there is one.  Any thread."""
@@ -758,12 +779,15 @@ cdef class IOLoop(_Referable):
 
     @staticmethod
     def split_fd(fd):
-        """Return `fd` as a pair: the int and what was passed."""
+        """Return `fd` as a pair: the int and what was passed.  Any thread."""
         return fd_number(fd), fd
 
     @staticmethod
     def close_fd(fd):
-        """Close `fd`, by its own `close()` if it has one; EBADF is ignored."""
+        """Close `fd`, by its own `close()` if it has one; EBADF is ignored.
+
+        Any thread.
+        """
         _close_file(fd)
 
     # Callbacks
@@ -820,11 +844,14 @@ cdef class IOLoop(_Referable):
         return _time_call(self, deadline, _deadline, callback, args or None, kwargs)
 
     def call_later(self, delay, callback, /, *args, **kwargs):
-        """As add_timeout, `delay` seconds from now."""
+        """As add_timeout, `delay` seconds from now.  Loop thread only."""
         return _time_call(self, delay, _delay, callback, args or None, kwargs)
 
     def call_at(self, when, callback, /, *args, **kwargs):
-        """As add_timeout, at `when` seconds on the clock of `time()`."""
+        """As add_timeout, at `when` seconds on the clock of `time()`.
+
+        Loop thread only.
+        """
         return _time_call(self, when, _deadline, callback, args or None, kwargs)
 
     def remove_timeout(self, timeout):
@@ -846,7 +873,8 @@ cdef class IOLoop(_Referable):
         """Run until `stop()` is called, or a BaseException ends it.
 
         Everything not yet delivered is kept for the next start.  Returns at
-        once if stop() was called before.  Raises RuntimeError if the loop runs.
+        once if stop() was called before.  The calling thread is the loop's until
+        then.  Raises RuntimeError if the loop runs.
         """
         _check_thread(self)
         _check_idle(self)
@@ -881,7 +909,8 @@ cdef class IOLoop(_Referable):
 
         `func` is a plain function, or one that returns a coroutine or a future,
         which is waited for.  Raises what it raises, TimeoutError after
-        `timeout` seconds, RuntimeError if the loop was stopped before.
+        `timeout` seconds, RuntimeError if the loop was stopped before; what is
+        not done by then is cancelled.  As start(), from any thread.
         """
         _check_thread(self)
         _check_idle(self)
@@ -893,6 +922,8 @@ cdef class IOLoop(_Referable):
 
         Poll for at most `timeout` seconds, as long as `start()` would if None.
         To be called when `fileno()` is readable or `next_timeout()` is over.
+        After stop(), the next one that would poll does not.  As start(), from
+        any thread.
         """
         cdef int64_t limit = INT64_MAX
         _check_thread(self)
@@ -902,15 +933,19 @@ cdef class IOLoop(_Referable):
         _check_idle(self)
         _enter(self)
         try:
-            _iterate(self, limit)
+            if not _iterate(self, limit):
+                self.stopping = False
         finally:
             _leave(self)
 
     def next_timeout(self):
-        """Return how long the loop would sleep, in seconds, or None for ever."""
+        """Return how long the loop would sleep, in seconds, or None for ever.
+
+        Loop thread only.
+        """
         _check_thread(self)
         cdef int64_t wait = 0
-        if not _is_awake(self):
+        if not _is_awake(self) and not self.poller.kept:
             wait = _time_to_wait(self, INT64_MAX)
         return None if wait == FOREVER else <double>wait / SECOND
 
@@ -929,7 +964,7 @@ cdef class IOLoop(_Referable):
         """Free the loop; `all_fds` closes every fd and object it has handlers of.
 
         What is queued is dropped.  Does nothing the second time.  Raises
-        RuntimeError while the loop runs.
+        RuntimeError while the loop runs.  Any thread.
         """
         if not self.opened:
             return
@@ -941,19 +976,18 @@ cdef class IOLoop(_Referable):
             del _process["loop"]
         if getattr(_threads, "loop", None) is self:
             _threads.loop = None
-        _shut(self)
-        for file in files:
-            try:
-                _close_file(file)
-            except Exception:
-                _report(self, file)
+        try:
+            _shut(self)
+        finally:
+            _close_files(self, files)
 
     def reinit(self):
         """Make the loop usable in a forked child.
 
         With a poller and a doorbell of its own it keeps the handlers, callbacks
         and timeouts, and leaves the parent's loop alone.  An `impl` given to
-        the constructor must have a `reinit()` of its own.
+        the constructor must have a `reinit()` of its own (RuntimeError).  Does
+        nothing where there was no fork.
         """
         if not self.opened:
             raise RuntimeError("IOLoop is closed")
@@ -982,7 +1016,7 @@ cdef class IOLoop(_Referable):
 
         Called for callbacks, timeouts and handlers; override it in a subclass
         or on the instance.  An exception that it raises itself goes to
-        `sys.unraisablehook`.
+        `sys.unraisablehook`.  Called by the loop's thread.
         """
         _log().error("Exception in callback %r", callback, exc_info=True)
 
@@ -993,7 +1027,8 @@ cdef class IOLoop(_Referable):
         the signal kill the process, even when it is stuck in C code.  None for
         `seconds` turns it off at once.  While `start()` runs, SIGALRM's handler
         and the interval timer ITIMER_REAL are the loop's, and restored after.
-        Main thread only (RuntimeError).
+        From a quarter of the time on, a system call that signals interrupt may
+        return EINTR to C code.  Main thread only (RuntimeError).
         """
         _check_thread(self)
         if action is not None:
@@ -1010,7 +1045,10 @@ cdef class IOLoop(_Referable):
         _set_watchdog(self, seconds, self.log_stack, False)
 
     def log_stack(self, signal, frame):
-        """Log the stack of `frame`, as the action of a blocking threshold."""
+        """Log the stack of `frame`, as the action of a blocking threshold.
+
+        Called in the main thread, by a signal, or by the thread that watches.
+        """
         import traceback
         threshold = 0 if self.watchdog is None else self.watchdog.threshold
         _log().warning("IOLoop blocked for %f seconds in\n%s", threshold / 1e9,
@@ -1060,6 +1098,8 @@ cdef inline int _check_thread(IOLoop loop) except -1:
 
 
 cdef int _refuse(IOLoop loop) except -1:
+    if loop.poller is None:
+        raise RuntimeError("IOLoop.__init__() has not been called")
     if not loop.opened:
         raise RuntimeError("IOLoop is closed")
     if loop.forked:
@@ -1096,6 +1136,7 @@ cdef int _enter(IOLoop loop) except -1:
         _threads.loop = loop
         _take_wakeup_fd(loop)
         _start_watchdog(loop)
+        loop.woken = monotonic()
     except BaseException:
         _leave(loop)
         raise
@@ -1105,49 +1146,72 @@ cdef int _enter(IOLoop loop) except -1:
 cdef int _leave(IOLoop loop) except -1:
     """Give everything back that _enter took; the loop is restartable."""
     try:
-        _stop_watchdog(loop)
+        try:
+            _stop_watchdog(loop)
+        finally:
+            _give_wakeup_fd(loop)
     finally:
-        _give_wakeup_fd(loop)
-        _threads.loop, loop.outer = loop.outer, None
         loop.thread = loop.timers.thread = 0
-        loop.woken = 0
+        _note_busy(loop, monotonic())
         _doze(loop)
+        _threads.loop, loop.outer = loop.outer, None
     return 0
 
 
 cdef int _shut(IOLoop loop) except -1:
     """Close and drop everything."""
-    loop.poller.close()
     _close_door(loop.queue.door)
     _clear_table(loop.table)
     _clear_timers(loop.timers)
     _clear_queue(loop.queue)
+    loop.poller.close()  # last, since that of a user may raise
     return 0
 
 
-cdef int _orphan(IOLoop loop) except -1:
+cdef int _orphan(IOLoop loop, dict put_aside) except -1:
     """In a forked child: leave the parent's loop alone."""
     # A thread that is gone may hold the lock.
     pthread_mutex_init(&loop.queue.door.lock, NULL)
     loop.forked = True
+    if loop.wakeup != NOT_OURS:
+        put_aside[loop.queue.door.writer] = loop.wakeup
+        loop.wakeup = NOT_OURS
+    _lose_watchdog(loop.watchdog)
     return loop.poller.leave()
 
 
 cdef int _reinit(IOLoop loop) except -1:
     """Replace what a child shares with its parent."""
-    _remove_handler(loop, loop.queue.door.reader)
+    if loop.poller.foreign:
+        (<_Foreign>loop.poller).reinit()
+    _forget(loop.table, loop.queue.door.reader)
     _open_door(loop.queue.door)
     # The child may have closed what it has handlers for: these numbers are ours now.
-    _remove_handler(loop, loop.queue.door.reader)
-    _remove_handler(loop, loop.queue.door.writer)
+    _forget(loop.table, loop.queue.door.reader)
+    _forget(loop.table, loop.queue.door.writer)
     loop.poller.renew(loop.table)
-    _remove_handler(loop, loop.poller.handle)
+    _forget(loop.table, loop.poller.handle)
     _add_doorbell(loop)
+    if loop.thread != 0 and loop.thread != get_thread():
+        _outlive_thread(loop)
     loop.forked = False
-    if loop.thread != get_thread():
-        loop.thread = loop.timers.thread = 0
-    elif loop.wakeup != NOT_OURS:
-        _signal.set_wakeup_fd(loop.queue.door.writer, warn_on_full_buffer=False)
+    if loop.thread != 0:
+        _take_wakeup_fd(loop)
+        _start_watchdog(loop)
+    return 0
+
+
+cdef int _outlive_thread(IOLoop loop) except -1:
+    """The thread that ran the loop is not in this child: end what it had begun."""
+    loop.thread = loop.timers.thread = 0
+    loop.outer = None
+    loop.timers.passing = False
+    _add_late(loop.timers)
+    # It may have been inside of a context, which nobody will leave now.
+    loop.blank = new_context()
+    for _, handler in _registrations(loop):
+        if (<_Handler>handler).context is not None:
+            (<_Handler>handler).context = (<_Handler>handler).context.copy()
     return 0
 
 
@@ -1160,6 +1224,7 @@ cdef enum:
     CALLBACKS_PER_POLL = 64
 
     SLACK = 50000           # nanoseconds, unless prctl() has set another
+    LONGEST = 86400         # seconds to sleep; some kernels refuse years
 
     # A poll that found events at once is followed by one that doesn't wait, which
     # keeps the GIL and reads no clock.
@@ -1227,6 +1292,7 @@ cdef int _run_timeouts(IOLoop loop) except -1:
                 _run_timer(loop, <_Timer>call)
             else:
                 _invoke(loop, call)
+            call = None  # whose destructor may cancel the next one
     finally:
         timers.passing = False
         _add_late(timers)
@@ -1264,7 +1330,7 @@ cdef int _poll_events(IOLoop loop, int64_t limit) except -1:
         n = _sleep(loop, wait)
     loop.table.batch += 1
     try:
-        PyErr_CheckSignals()
+        _check_signals(loop)
     except BaseException:
         _keep_events(loop, 0, n)
         raise
@@ -1296,9 +1362,9 @@ cdef int _sleep(IOLoop loop, int64_t wait) except -1:
     cdef int *asleep = &loop.queue.door.asleep
     cdef int64_t before = monotonic(), left
     cdef int n
-    if loop.woken:
-        loop.longest_busy = max(loop.longest_busy, before - loop.woken)
+    _note_busy(loop, before)
     _note_idle(loop, True)
+    _shrink_ring(loop.queue)
     # First the flag, then another look at the queue: whoever adds does it the
     # other way round, so one of the two sees the other.
     store(asleep, 1)
@@ -1307,7 +1373,7 @@ cdef int _sleep(IOLoop loop, int64_t wait) except -1:
         n = _wait(loop, wait)
         while loop.poller.interrupted:
             # By a signal that may be nothing to us, as a look of the watchdog.
-            PyErr_CheckSignals()
+            _check_signals(loop)
             left = wait if wait == FOREVER else max(0, wait - monotonic() + before)
             n = _wait(loop, left)
     finally:
@@ -1317,6 +1383,13 @@ cdef int _sleep(IOLoop loop, int64_t wait) except -1:
         loop.asleep += loop.woken - before
     loop.eager = n > 0 and loop.woken - before < EAGER and not loop.poller.foreign
     return n
+
+
+cdef inline void _note_busy(IOLoop loop, int64_t now) noexcept:
+    """It has been awake until now."""
+    if loop.woken:
+        loop.longest_busy = max(loop.longest_busy, now - loop.woken)
+    loop.woken = 0
 
 
 cdef inline int64_t _less_slack(int64_t ns) noexcept:
@@ -1329,19 +1402,26 @@ cdef inline int64_t _less_slack(int64_t ns) noexcept:
 cdef int _wait(IOLoop loop, int64_t wait) except -1:
     cdef sigset_t every
     if not loop.poller.foreign:
-        wait = _less_slack(wait)
+        wait = _less_slack(min(wait, LONGEST * <int64_t>SECOND))
     if not (loop.in_main_thread and loop.wakeup == NOT_OURS and loop.poller.maskable):
         return loop.poller.wait(0 if _is_awake(loop) else wait)
     # A signal does not ring the doorbell: let none come but in the poll.
+    _check_signals(loop)  # here their handlers run with the mask as it is
     sigfillset(&every)
     pthread_sigmask(SIG_SETMASK, &every, &loop.poller.mask)
     loop.poller.masked = True
     try:
-        PyErr_CheckSignals()
+        _check_signals(loop)
         return loop.poller.wait(0 if _is_awake(loop) else wait)
     finally:
         loop.poller.masked = False
         pthread_sigmask(SIG_SETMASK, &loop.poller.mask, NULL)
+
+
+cdef inline int _check_signals(IOLoop loop) except -1:
+    """Run the handlers of signals; in the child that one forked, the loop ends."""
+    PyErr_CheckSignals()
+    return _check_open(loop)
 
 
 cdef inline bint _is_awake(IOLoop loop) noexcept:
@@ -1381,6 +1461,7 @@ cdef int _run_handlers(IOLoop loop, int n) except -1:
             else:
                 handler = <_Handler>peek(table.handlers, ready.fd)
                 _run_handler(loop, handler, events)
+                handler = None  # whose destructor may remove the next one
     except BaseException:
         _keep_events(loop, i, n)
         raise
@@ -1494,12 +1575,17 @@ cdef void _unraisable(object callback) noexcept:
 
 # -- Coroutines and futures ----------------------------------------------------
 
+cdef enum:
+    ITERABLE_COROUTINE = 0x100      # inspect's flag of what types.coroutine() made
+
+
 cdef int _returned(IOLoop loop, object callback, object result) except -1:
     """Drive what a callable returned, if that can be driven, to its end."""
     try:
         future = _as_future(loop, result)
         if future is not None:
-            future.add_done_callback(_Relay(loop, _Outcome(loop, callback), None))
+            future.add_done_callback(
+                _Relay(loop, _Outcome(loop, callback), capture_context()))
     except Exception:
         _report(loop, callback)
     return 0
@@ -1510,8 +1596,15 @@ cdef object _as_future(IOLoop loop, object result):
     if hasattr(result, "add_done_callback"):
         return result
     if hasattr(type(result), "__await__"):
+        return _Task(loop, type(result).__await__(result))
+    if getattr(getattr(result, "gi_code", None), "co_flags", 0) & ITERABLE_COROUTINE:
         return _Task(loop, result)
     return None
+
+
+def _steps(iterator):
+    # A plain iterator has no send() and throw().
+    return (yield from iterator)
 
 
 cdef bint _was_cancelled(object future) except -1:
@@ -1566,12 +1659,12 @@ cdef class _Task:
     cdef object __weakref__
     cdef IOLoop loop
     cdef object steps, value, error, context
-    cdef bint finished
+    cdef bint finished, dropped
     cdef list callbacks
 
-    def __cinit__(self, IOLoop loop not None, awaitable):
+    def __cinit__(self, IOLoop loop not None, steps):
         self.loop = loop
-        self.steps = type(awaitable).__await__(awaitable)
+        self.steps = steps if hasattr(steps, "send") else _steps(steps)
         self.context = capture_context() or new_context()
         self.callbacks = []
         _push(loop.queue, make_call(self, None, None, self.context))
@@ -1589,6 +1682,10 @@ cdef class _Task:
             self._finish(stop.value, None)
         except Exception as error:
             self._finish(None, error)
+        except BaseException:
+            self.dropped = True  # it is reported once, by leaving start()
+            self._finish(None, None)
+            raise
         else:
             self._wait_for(awaited)
 
@@ -1602,10 +1699,12 @@ cdef class _Task:
     def _wait_for(self, awaited):
         if awaited is None:
             _push(self.loop.queue, make_call(self, None, None, self.context))
-        elif hasattr(awaited, "add_done_callback"):
+            return
+        try:
+            if not hasattr(awaited, "add_done_callback"):
+                raise TypeError(f"a coroutine on an IOLoop can't await {awaited!r}")
             awaited.add_done_callback(_Relay(self.loop, self, self.context))
-        else:
-            error = TypeError(f"a coroutine on an IOLoop can't await {awaited!r}")
+        except Exception as error:
             _push(self.loop.queue,
                   make_call(self, (_Broken(error),), None, self.context))
 
@@ -1629,9 +1728,13 @@ cdef class _Task:
     def cancel(self):
         """Close the coroutine, if it has not ended."""
         if not self.finished:
-            self.finished = True
+            self.finished = self.dropped = True
             self.callbacks = None
             self.steps.close()
+
+    def cancelled(self):
+        """Tell whether it was closed, or ended by what is no Exception."""
+        return self.dropped
 
     def result(self):
         """Return what the coroutine returned, or raise what it raised."""
@@ -1667,6 +1770,8 @@ cdef class _Sync:
         self.loop, self.func = loop, func
 
     def run(self):
+        if self.over:
+            return
         self.begun = True
         try:
             self.value = self.func()
@@ -1682,7 +1787,7 @@ cdef class _Sync:
 
     def finish(self, future):
         if self.over:
-            return  # cancelled by outcome(), most likely
+            return
         try:
             self.value = future.result()
         except Exception as error:
@@ -1694,14 +1799,20 @@ cdef class _Sync:
         self.expired = True
         self.loop.stop()
 
-    def outcome(self, timeout):
+    def give_up(self):
         self.over = True
+        try:
+            if hasattr(self.value, "cancel"):
+                self.value.cancel()
+        except Exception:
+            _report(self.loop, self.func)
+
+    def outcome(self, timeout):
         if self.error is not None:
             raise self.error
         if self.done:
             return self.value
-        if hasattr(self.value, "cancel"):
-            self.value.cancel()
+        self.give_up()
         if self.expired:
             raise TimeoutError(f"no result after {timeout} seconds")
         raise RuntimeError("IOLoop was stopped before the function was done")
@@ -1716,6 +1827,9 @@ cdef object _run_sync(IOLoop loop, object func, object timeout):
             handle = loop.call_later(timeout, call.expire)
         _push(loop.queue, queued)
         loop.start()
+    except BaseException:
+        call.give_up()
+        raise
     finally:
         if not call.begun:
             _take_back(loop.queue, queued)
@@ -1754,6 +1868,7 @@ cdef struct _Door:
 
 cdef enum:
     RING = 64               # callbacks that fit from the start
+    SPACIOUS = 1024         # callbacks, or timeouts, for which there may be room
 
 
 @cython.final
@@ -1785,7 +1900,6 @@ cdef class _Queue:
 
 @cython.final
 @cython.internal
-@cython.freelist(64)
 cdef class _Call:
     """A callable, with what it is called with and in."""
 
@@ -1869,6 +1983,16 @@ cdef int _resize_ring(_Queue queue, uint64_t room) except -1:
             n += 1
         queue.ring, queue.mask = ring, room - 1
     gil_unlock(&queue.door.lock)
+    return 0
+
+
+cdef int _shrink_ring(_Queue queue) except -1:
+    """Give half of the ring back, if it is large and hardly used."""
+    if queue.mask >= SPACIOUS and queue.tail - queue.head < queue.mask // 8:
+        try:
+            _resize_ring(queue, (queue.mask + 1) // 2)
+        except MemoryError:
+            pass
     return 0
 
 
@@ -2010,7 +2134,8 @@ cdef int _wake(_Queue queue) except -1:
 cdef int _doze(IOLoop loop) noexcept:
     """Between iterations: somebody else may poll our fileno()."""
     store(&loop.queue.door.asleep, loop.embedded)
-    if loop.embedded and _pending(loop.queue):
+    fence()
+    if loop.embedded and (_pending(loop.queue) or loop.poller.kept):
         _ring(loop.queue.door)
     return 0
 
@@ -2074,7 +2199,11 @@ cdef int _give_wakeup_fd(IOLoop loop) except -1:
 cdef bint _set_wakeup_fd(int fd) except -1:
     """Set it as it was, if it is still open."""
     try:
-        _signal.set_wakeup_fd(fd)
+        try:
+            # Whether it was to warn can't be known.  Who reads it wants no warnings.
+            _signal.set_wakeup_fd(fd, warn_on_full_buffer=False)
+        except MemoryError:
+            _signal.set_wakeup_fd(fd)
     except (OSError, ValueError):
         return False
     return True
@@ -2097,8 +2226,9 @@ cdef bint _set_wakeup_fd(int fd) except -1:
 # INT64_MAX is never.
 
 cdef enum:
-    SPACIOUS = 1024         # timeouts for which there may be room without any
     CLOCK_IS_SET = 10000    # the wall clock is, if it jumps by so many nanoseconds
+
+    WALL = -1
 
 cdef struct _Entry:
     int64_t deadline
@@ -2141,13 +2271,13 @@ cdef class _Timers:
 
 
 @cython.final
-@cython.freelist(256)
 cdef class _Timeout:
     """A handle of `add_timeout`, which is where it comes from."""
 
     cdef PyObject *timers           # where it is; NULL: it has run or was cancelled
     cdef int64_t stamp              # the order of adding; the deadline of a dead one
-    cdef int index, slot
+    cdef int index
+    cdef int slot                   # of a dead one: WALL if its deadline is monotonic
 
     def __init__(self):
         raise TypeError("a timeout is made by IOLoop.add_timeout()")
@@ -2172,10 +2302,12 @@ cdef class _Timeout:
     @property
     def deadline(self):
         """The time in seconds on the clock of the loop's `time()`."""
+        cdef _Timers timers
         if self.timers == NULL:
-            return <double>self.stamp / SECOND
-        return _clock_time(<_Timers>self.timers,
-                           (<_Timers>self.timers).heap[self.index].deadline)
+            return as_seconds(self.stamp, _measure_offset() if self.slot == WALL else 0)
+        timers = <_Timers>self.timers
+        return as_seconds(timers.heap[self.index].deadline,
+                          _wall_offset(timers) if timers.time_func is None else 0)
 
     def __repr__(self):
         state = "dead" if self.timers == NULL else f"at {self.deadline:.6f}"
@@ -2213,13 +2345,10 @@ cdef int64_t _delay(_Timers timers, object seconds) except? -1:
     return later(_now(timers), delay)
 
 
-cdef double _clock_time(_Timers timers, int64_t deadline) except? -1:
+cdef inline double as_seconds(int64_t deadline, int64_t offset) noexcept:
     """The reverse."""
-    if deadline == INT64_MAX:
-        return float("inf")
-    if timers.time_func is None:
-        deadline = later(deadline, _wall_offset(timers))
-    return <double>deadline / SECOND
+    return (<double>later(deadline, offset) / SECOND if deadline != INT64_MAX
+            else HUGE_VAL)
 
 
 cdef int64_t _wall_offset(_Timers timers) noexcept:
@@ -2281,8 +2410,7 @@ cdef int _arm(_Timers timers, _Timeout timeout, int64_t deadline,
               object call) except -1:
     """Put a dead timeout into the heap, or aside if this pass is not its."""
     cdef _Entry entry
-    while timers.spares == 0:
-        _grow_timers(timers)
+    _make_room(timers)
     # From here on nothing can run that would use up what is spare.
     timers.spares -= 1
     timeout.slot = timers.spare[timers.spares]
@@ -2341,14 +2469,22 @@ cdef int _cancel(_Timeout timeout) except -1:
 
 cdef inline object _release(_Timers timers, _Timeout timeout):
     """Free the slot of a timeout that has left the heap; return the call."""
+    cdef int slot = timeout.slot
     timeout.timers = NULL
-    timers.spare[timers.spares] = timeout.slot
+    timeout.slot = WALL if timers.time_func is None else 0
+    timers.spare[timers.spares] = slot
     timers.spares += 1
-    return take(timers.calls, timeout.slot)
+    return take(timers.calls, slot)
+
+
+cdef inline int _make_room(_Timers timers) except -1:
+    """Have a free slot."""
+    while timers.spares == 0:
+        _grow_timers(timers)
+    return 0
 
 
 cdef int _grow_timers(_Timers timers) except -1:
-    """Add slots."""
     # The allocation may collect garbage, and that may add and cancel timeouts.
     cdef list more = [None] * (timers.room // 2 + 64)
     cdef Py_ssize_t room = timers.room + len(more), i
@@ -2482,35 +2618,45 @@ cdef class PeriodicCallback(_Referable):
 
     Call `callback()` every `callback_time` milliseconds (or `timedelta`).
 
-    The first call is one period after `start()`, later ones a whole number of
-    periods after the first: the period does not drift, and what a slow callback
-    missed is left out.  A callback that returns a coroutine or a future is not
-    called again before that is done.  `jitter` is the fraction of the period
-    by which it varies at random.  Raises ValueError for a period that is not
-    positive.  Loop thread only.  Source: Tornado.
+    The first call is one period after `start()`, later ones (without jitter) a
+    whole number of periods after the first: the period does not drift, and what
+    a slow callback missed is left out.  A callback that returns a coroutine or a
+    future is not called again before that is done.  `jitter` is the fraction of
+    the period by which it varies at random.  Raises ValueError for a period that
+    is not positive.  Loop thread only.  Source: Tornado.
     """
 
     cdef dict __dict__
-    cdef readonly object callback
-    cdef readonly double callback_time      # milliseconds
+    cdef public object callback
     cdef readonly double jitter             # a fraction
     cdef readonly IOLoop io_loop
+    cdef double milliseconds
     cdef _Timeout timeout                   # the next tick
+    cdef object awaited                     # the future of the last one
     cdef bint on
-    cdef int64_t due                        # when that is, or last was
+    cdef int64_t due                        # when the next tick is, or the last was
 
     def __init__(self, callback, callback_time, io_loop=None, jitter=0):
         require_callable(callback)
-        if hasattr(callback_time, "total_seconds"):
-            callback_time = callback_time.total_seconds() * 1e3
-        if not callback_time > 0 or nanoseconds(callback_time / 1e3, True) < 1:
-            raise ValueError(f"a period must be positive, not {callback_time!r}")
         if not 0 <= jitter <= 2:
             raise ValueError(f"jitter is a fraction of the period, not {jitter!r}")
         self.callback = callback
         self.callback_time = callback_time
         self.jitter = jitter
         self.io_loop = IOLoop.current() if io_loop is None else io_loop
+
+    @property
+    def callback_time(self):
+        """The period in milliseconds; a new one holds from the next call on."""
+        return self.milliseconds
+
+    @callback_time.setter
+    def callback_time(self, period):
+        if hasattr(period, "total_seconds"):
+            period = period.total_seconds() * 1e3
+        if not period > 0 or nanoseconds(period / 1e3, True) < 1:
+            raise ValueError(f"a period must be positive, not {period!r}")
+        self.milliseconds = period
 
     def start(self):
         """Start calling; nothing if it has been started.
@@ -2526,40 +2672,45 @@ cdef class PeriodicCallback(_Referable):
             self.on = True
 
     def stop(self):
-        """Stop calling; `start()` starts anew."""
+        """Stop calling; `start()` starts anew.  Loop thread only."""
         if self.on and self.timeout is not None:
             self.timeout.cancel()
         self.on = False
         self.timeout = None
 
     def is_running(self):
-        """Tell whether `start()` has been called, and `stop()` not since."""
+        """Tell whether `start()` has been called, and `stop()` not since.
+
+        Any thread.
+        """
         return self.on
 
     def _tick(self):
         """Call the callback, and set the next tick when it is done."""
-        future = None
         self.timeout = None
+        if self.awaited is not None:
+            return  # since before a stop() and start(); its end sets the next tick
         try:
-            future = _as_future(self.io_loop, self.callback())
-            if future is not None:
-                future.add_done_callback(
+            self.awaited = _as_future(self.io_loop, self.callback())
+            if self.awaited is not None:
+                self.awaited.add_done_callback(
                     _Relay(self.io_loop, self._done, capture_context()))
         except Exception:
-            future = None
+            self.awaited = None
             _report(self.io_loop, self.callback)
         finally:
-            if future is None:
+            if self.awaited is None:
                 _next_tick(self)
 
     def _done(self, future):
+        self.awaited = None
         _Outcome(self.io_loop, self.callback)(future)
         _next_tick(self)
 
 
 cdef int64_t _period(PeriodicCallback periodic) except -1:
     """The next period in nanoseconds."""
-    cdef double seconds = periodic.callback_time / 1e3
+    cdef double seconds = periodic.milliseconds / 1e3
     if periodic.jitter:
         import random
         seconds *= 1 + periodic.jitter * (random.random() - 0.5)
@@ -2647,16 +2798,17 @@ cdef int _add_handler(IOLoop loop, int fd, uint32_t events,
     cdef _Table table = loop.table
     cdef _Slot *slot = _slot(table, fd)
     cdef uint32_t generation = table.generation + 1 or 1
-    cdef bint replaced = slot != NULL
+    cdef bint replaced = slot != NULL, added = False
     if slot != NULL and not _has_lost(loop, fd, slot):
         raise FileExistsError(EEXIST, f"fd {fd} has a handler already")
     try:
         loop.poller.add(fd, events, generation)
+        added = True
         if not events:
             _rest(loop, fd, handler)
-        _reserve(table, fd + 1)
+        _reserve(table, <Py_ssize_t>fd + 1)
     except BaseException:
-        if not loop.poller.foreign:
+        if added or not loop.poller.foreign:
             loop.poller.drop(fd)
         raise
     if _slot(table, fd) == NULL:
@@ -2708,17 +2860,25 @@ cdef bint _has_lost(IOLoop loop, int fd, _Slot *slot) except -1:
 
 
 cdef int _remove_handler(IOLoop loop, int fd) except -1:
-    cdef _Table table = loop.table
-    cdef _Slot *slot = _slot(table, fd)
-    if slot == NULL:
-        return 0
-    if slot.events:
+    cdef _Slot *slot = _slot(loop.table, fd)
+    cdef bint watched = slot != NULL and slot.events
+    cdef object handler = _forget(loop.table, fd)
+    if watched:
         loop.poller.drop(fd)
-    slot.generation = slot.events = 0
-    slot.ended = table.batch
-    table.count -= 1
-    table.handlers[fd] = None
+    del handler  # not earlier: its destructor may add one for the same fd
     return 0
+
+
+cdef object _forget(_Table table, int fd):
+    """Take a registration out of the tables; return its handler, or None."""
+    cdef _Slot *slot = _slot(table, fd)
+    cdef object handler = None
+    if slot != NULL:
+        slot.generation = slot.events = 0
+        slot.ended = table.batch
+        table.count -= 1
+        handler = take(table.handlers, fd)
+    return handler
 
 
 cdef int _reserve(_Table table, Py_ssize_t size) except -1:
@@ -2752,6 +2912,15 @@ cdef list _registered_files(IOLoop loop):
     return [(<_Handler>handler).file for _, handler in _registrations(loop)]
 
 
+cdef int _close_files(IOLoop loop, list files) except -1:
+    for file in files:
+        try:
+            _close_file(file)
+        except Exception:
+            _report(loop, file)
+    return 0
+
+
 cdef int _close_file(object file) except -1:
     if isinstance(file, int):
         if close(fd_number(file)) == -1 and errno != EBADF:
@@ -2773,7 +2942,7 @@ cdef int _registered_number(_Table table, object file) except -2:
         number = fd_number(file)
         if _slot(table, number) != NULL:
             return number
-    except ValueError:
+    except (OverflowError, ValueError):
         pass  # what a closed file's fileno() raises, or a closed socket's -1 does
     if not isinstance(file, int):
         for number, handler in enumerate(table.handlers):
@@ -2859,6 +3028,7 @@ cdef class _Poller(_Referable):
     cdef int room               # in it
     cdef int kept               # events at its start not delivered yet
     cdef bint foreign           # a Python object's
+    cdef bint taken             # a loop has it
     cdef bint interrupted       # the last wait was, by a signal
     cdef bint maskable          # the kernel can unblock signals while it waits,
     cdef bint masked            # it is to do so,
@@ -3066,6 +3236,8 @@ cdef class _EPoll(_Poller):
         if _control(self.handle, EPOLL_CTL_ADD, fd, 0, 0) == -1:
             if errno == EEXIST:
                 return False
+            if errno == EPERM:
+                raise not_pollable(fd)
             PyErr_SetFromErrno(OSError)
         return True
 
@@ -3343,6 +3515,10 @@ cdef class _Select(_Poller):
         return 0
 
     cdef int renew(self, _Table table) except -1:
+        cdef int fd
+        for fd in range(self.end):
+            if _slot(table, fd) == NULL:
+                self.drop(fd)
         return _fill(self, table)
 
     cdef int add(self, int fd, uint32_t events, uint32_t generation) except -1:
@@ -3429,6 +3605,10 @@ cdef int _drop_closed(_Select poller) except -1:
 # A Python object given as `impl`.  Its events have no generation: they are for
 # whoever has the fd when they are collected.
 
+cdef enum:
+    MOST_FDS = 1 << 24      # a kernel would refuse far fewer
+
+
 @cython.final
 @cython.internal
 cdef class _Foreign(_Poller):
@@ -3437,9 +3617,13 @@ cdef class _Foreign(_Poller):
     cdef _Table table
 
     def __cinit__(self, impl):
+        if isinstance(impl, type):
+            raise TypeError(f"impl is a poller, not a class: {impl!r}")
         for name in ("register", "modify", "unregister", "poll"):
             if not callable(getattr(impl, name, None)):
                 raise TypeError(f"impl has no method {name}(): {impl!r}")
+        if type(impl).__module__ == "select" and type(impl).__name__ == "poll":
+            raise TypeError("select.poll() counts in milliseconds, and impl in seconds")
         self.impl = impl
         self.foreign = True
 
@@ -3456,13 +3640,18 @@ cdef class _Foreign(_Poller):
     cdef int leave(self) except -1:
         return 0
 
-    cdef int renew(self, _Table table) except -1:
+    def reinit(self):
+        """In a forked child: a set of its own, empty."""
         if not hasattr(self.impl, "reinit"):
             raise RuntimeError("the poller has no reinit(): make a new IOLoop")
         self.impl.reinit()
+
+    cdef int renew(self, _Table table) except -1:
         return _fill(self, table)
 
     cdef int add(self, int fd, uint32_t events, uint32_t generation) except -1:
+        if fd >= MOST_FDS:
+            raise OverflowError(f"file descriptor too large: {fd}")
         if events:
             try:
                 self.impl.register(fd, events | ERROR)
@@ -3527,6 +3716,7 @@ else:
 
 cdef enum:
     LOOKS = 4
+    PAGE = 4096                 # no pointer is below
 
 cdef struct _Progress:
     alarm_t timer
@@ -3630,6 +3820,16 @@ cdef int _stop_watchdog(IOLoop loop) except -1:
     return 0
 
 
+cdef int _lose_watchdog(_Watchdog dog) except -1:
+    """In a forked child, which has no such timer or thread."""
+    dog.on = False
+    dog.thread = dog.leave = None
+    if dog.alarmed:
+        dog.alarmed = False
+        _restore_alarm(dog)
+    return 0
+
+
 cdef int _start_alarm(_Watchdog dog) except -1:
     cdef sigaction_t action
     cdef itimerval stopped
@@ -3656,18 +3856,24 @@ cdef int _start_alarm(_Watchdog dog) except -1:
 
 cdef int _stop_alarm(_Watchdog dog) except -1:
     """Put back what _start_alarm found."""
-    cdef object ours = dog.action, old_handler = dog.old_handler
     close_alarm(dog.progress.timer)
     dog.alarmed = False
-    dog.old_handler = None
     try:
         PyErr_CheckSignals()  # while its handler is there
     finally:
         _resume_timer(&dog.old_timer, (monotonic() - dog.since) // 1000)
-        if ours is None or _signal.getsignal(SIGALRM) is ours:
-            sigaction(SIGALRM, &dog.old_action, NULL)
-            if ours is not None and old_handler is not None:
-                _set_signal(SIGALRM, old_handler)
+        _restore_alarm(dog)
+    return 0
+
+
+cdef int _restore_alarm(_Watchdog dog) except -1:
+    """SIGALRM's handler, unless somebody has set another since."""
+    cdef object old = dog.old_handler
+    dog.old_handler = None
+    if _signal.getsignal(SIGALRM) is (old if dog.action is None else dog.action):
+        sigaction(SIGALRM, &dog.old_action, NULL)
+        if dog.action is not None and old is not None:
+            _set_signal(SIGALRM, old)
     return 0
 
 
@@ -3706,8 +3912,8 @@ cdef void _on_alarm(int signum, siginfo_t *info, void *context) noexcept nogil:
     """The look of the timer, in a signal handler."""
     cdef _Progress *progress
     cdef int saved = errno
-    if info.si_code != SI_TIMER:
-        return
+    if info.si_code != SI_TIMER or <uintptr_t>info.si_value.sival_ptr < PAGE:
+        return  # not ours: by default a timer sends its number
     progress = <_Progress *>info.si_value.sival_ptr
     if load(&progress.idle):
         store(&progress.armed, 0)       # the loop arms it when it wakes up
@@ -3717,8 +3923,9 @@ cdef void _on_alarm(int signum, siginfo_t *info, void *context) noexcept nogil:
         store(&progress.armed, 0)       # ... or moves
         if progress.fatal:
             default_signal(SIGALRM, SIG_DFL)
-            raise_signal(SIGALRM)
-        PyErr_SetInterruptEx(SIGALRM)
+            raise_signal(SIGALRM)       # kills when this handler returns
+        else:
+            PyErr_SetInterruptEx(SIGALRM)
     (&errno)[0] = saved
 
 
@@ -3806,11 +4013,14 @@ cdef int c_start_timer(object timer, int64_t delay) except -1:
         raise RuntimeError("IOLoop is closed")
     _check_owner(self.timers)
     deadline = later(_now(self.timers), delay)
+    _make_room(self.timers)  # here, since it may run what starts or stops the timer
     if self.timers.closed:
         raise RuntimeError("IOLoop is closed")
-    if self.timeout.timers != NULL and not self.timers.passing:
-        return _move(self.timers, self.timeout, deadline)
-    _cancel(self.timeout)
+    if self.timeout.timers != NULL:
+        if not self.timers.passing:
+            return _move(self.timers, self.timeout, deadline)
+        _extract(self.timers, self.timeout.index)
+        _release(self.timers, self.timeout)
     return _arm(self.timers, self.timeout, deadline, self)
 
 
@@ -3862,7 +4072,7 @@ cdef int _run_timer(IOLoop loop, _Timer timer) except -1:
 cdef object _enter_add_callback(IOLoop loop, PyObject **args, Py_ssize_t n,
                                 PyObject *names):
     if n < 1:
-        raise TypeError("add_callback() needs a callback")
+        return _by_name(loop.add_callback, ("callback",), args, n, names)
     _queue_call(loop, <object>args[0], as_tuple(args + 1, n - 1),
                 _keywords(args + n, names), capture_context())
 
@@ -3870,7 +4080,7 @@ cdef object _enter_add_callback(IOLoop loop, PyObject **args, Py_ssize_t n,
 cdef object _enter_add_timeout(IOLoop loop, PyObject **args, Py_ssize_t n,
                                PyObject *names):
     if n < 2:
-        raise TypeError("add_timeout() needs a deadline and a callback")
+        return _by_name(loop.add_timeout, ("deadline", "callback"), args, n, names)
     return _time_call(loop, <object>args[0], _deadline, <object>args[1],
                       as_tuple(args + 2, n - 2), _keywords(args + n, names))
 
@@ -3878,9 +4088,21 @@ cdef object _enter_add_timeout(IOLoop loop, PyObject **args, Py_ssize_t n,
 cdef object _enter_call_later(IOLoop loop, PyObject **args, Py_ssize_t n,
                               PyObject *names):
     if n < 2:
-        raise TypeError("call_later() needs a delay and a callback")
+        return _by_name(loop.call_later, ("delay", "callback"), args, n, names)
     return _time_call(loop, <object>args[0], _delay, <object>args[1],
                       as_tuple(args + 2, n - 2), _keywords(args + n, names))
+
+
+cdef object _by_name(object method, tuple parameters, PyObject **args, Py_ssize_t n,
+                     PyObject *names):
+    """Call again with what was given by name put in its place."""
+    cdef dict keywords = _keywords(args + n, names) or {}
+    cdef list given = [<object>args[i] for i in range(n)]
+    for name in parameters[n:]:
+        if name not in keywords:
+            raise TypeError(f"{method.__name__}() is missing its argument {name!r}")
+        given.append(keywords.pop(name))
+    return method(*given, **keywords)
 
 
 cdef inline dict _keywords(PyObject **values, PyObject *names):
@@ -3892,7 +4114,7 @@ cdef dict _as_dict(PyObject **values, tuple names):
 
 
 cdef int _replace(str name, str parameters, void *function) except -1:
-    doc = f"{name}($self, {parameters}, /, *args, **kwargs)\n--\n\n"
+    doc = f"{name}($self, {parameters}, *args, **kwargs)\n--\n\n"
     doc += getattr(IOLoop, name).__doc__
     return replace_method(IOLoop, name.encode(), doc.encode(), function)
 

@@ -14,6 +14,7 @@ from typing import (
     TypeAlias,
     TypedDict,
     TypeVar,
+    final,
     overload,
     type_check_only,
 )
@@ -99,6 +100,8 @@ class IOLoop:
     def instance(cls) -> IOLoop: ...
     @staticmethod
     def initialized() -> bool: ...
+    @staticmethod
+    def clear_instance() -> None: ...
     def install(self) -> None: ...
     @overload
     @staticmethod
@@ -116,17 +119,17 @@ class IOLoop:
     def running(self) -> bool: ...
     @overload
     def run_sync(
-        self, func: Callable[[], Awaitable[_T]], timeout: _Deadline | None = None
+        self, func: Callable[[], Awaitable[_T]], timeout: _Seconds | None = None
     ) -> _T: ...
     @overload
     def run_sync(
-        self, func: Callable[[], _FutureLike[_T]], timeout: _Deadline | None = None
+        self, func: Callable[[], _FutureLike[_T]], timeout: _Seconds | None = None
     ) -> _T: ...
     @overload
     def run_sync(
-        self, func: Callable[[], _T], timeout: _Deadline | None = None
+        self, func: Callable[[], _T], timeout: _Seconds | None = None
     ) -> _T: ...
-    def run_once(self, timeout: _Deadline | None = None) -> None: ...
+    def run_once(self, timeout: _Seconds | None = None) -> None: ...
     def next_timeout(self) -> float | None: ...
     def fileno(self) -> int: ...
     def reinit(self) -> None: ...
@@ -145,7 +148,7 @@ class IOLoop:
 
     # Callbacks
     def add_callback(
-        self, callback: Callable[_P, object], /, *args: _P.args, **kwargs: _P.kwargs
+        self, callback: Callable[_P, object], *args: _P.args, **kwargs: _P.kwargs
     ) -> None: ...
     def add_callback_from_signal(
         self, callback: Callable[_P, object], /, *args: _P.args, **kwargs: _P.kwargs
@@ -164,15 +167,13 @@ class IOLoop:
         self,
         deadline: _Deadline,
         callback: Callable[_P, object],
-        /,
         *args: _P.args,
         **kwargs: _P.kwargs,
     ) -> _Timeout: ...
     def call_later(
         self,
-        delay: _Deadline,
+        delay: _Seconds,
         callback: Callable[_P, object],
-        /,
         *args: _P.args,
         **kwargs: _P.kwargs,
     ) -> _Timeout: ...
@@ -208,17 +209,18 @@ class PeriodicCallback:
     def start(self) -> None: ...
     def stop(self) -> None: ...
     def is_running(self) -> bool: ...
-    @property
-    def callback(self) -> Callable[[], object]: ...
+    callback: Callable[[], object]
     @property
     def callback_time(self) -> float: ...
+    @callback_time.setter
+    def callback_time(self, period: _Deadline) -> None: ...
     @property
     def jitter(self) -> float: ...
     @property
     def io_loop(self) -> IOLoop: ...
 
 # What add_timeout(), call_later() and call_at() return; no other way leads to one.
-@disjoint_base
+@final
 class _Timeout:
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     @property

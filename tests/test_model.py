@@ -234,7 +234,8 @@ class Model(Interpreter):
             self.stopping = False
 
     def turn(self):
-        self.iterate(0)
+        if not self.iterate(0):
+            self.stopping = False
 
     def state(self):
         return (
