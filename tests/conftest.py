@@ -279,6 +279,13 @@ def loops_left():
             yield f"{module.__name__} still has its instance()"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    """What tests and reports have left so far stays out of later collections too."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def clean(request):
     """After each test all is as before: files, signals, threads, log, loops."""
