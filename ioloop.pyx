@@ -990,7 +990,7 @@ cdef class IOLoop(_Referable):
         nothing where there was no fork.
         """
         if not self.opened:
-            raise RuntimeError("IOLoop is closed")
+            _refuse(self)
         if self.forked:
             _reinit(self)
 

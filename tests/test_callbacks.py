@@ -7,6 +7,7 @@ import gc
 import itertools
 import sys
 import threading
+import time
 
 import pytest
 from helpers import READ, Recorder, pair, turn
@@ -481,6 +482,21 @@ def test_stats_of_time(loop):
     loop.call_later(0.02, loop.stop)
     loop.start()
     assert 0 < loop.stats()["asleep"] < 30
+
+
+@pytest.mark.parametrize("run", ["start", "run_once"])
+def test_stats_of_the_first_and_last_batch(loop, run):
+    """What keeps the loop from ever going to sleep counts as well."""
+
+    def work():
+        end = time.monotonic() + 0.01
+        while time.monotonic() < end:
+            pass
+        loop.stop()
+
+    loop.add_callback(work)
+    getattr(loop, run)()
+    assert loop.stats()["longest_busy"] >= 0.01
 
 
 def test_many_callbacks_are_counted(loop):

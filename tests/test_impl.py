@@ -230,6 +230,14 @@ def test_what_is_no_impl_is_refused_at_once(missing, counted_files):
     assert not counted_files()
 
 
+@pytest.mark.parametrize("impl", [ioloop._EPoll, select.epoll, select.poll()])
+def test_what_is_no_impl_though_it_has_the_methods(impl, counted_files):
+    """A class, and what counts in milliseconds: it would spin."""
+    with pytest.raises(TypeError, match="class|milliseconds"):
+        ioloop.IOLoop(impl=impl)
+    assert not counted_files()
+
+
 def test_A33_an_impl_that_fails_to_register_the_waker(counted_files):
     class Full(ScriptedPoller):
         def register(self, fd, events):

@@ -364,6 +364,23 @@ outer.start()
     run(environment, "-c", program, cwd=empty)
 
 
+@slow
+@pytest.mark.parametrize("first", ["acme._vendor.ioloop", "ioloop"])
+def test_a_vendored_copy_leaves_the_name_to_the_other(environment, empty, first):
+    vendor = empty / "acme" / "_vendor"
+    vendor.mkdir(parents=True)
+    for directory in (empty, vendor):
+        shutil.copy(ioloop.__file__, directory / f"ioloop{SUFFIX}")
+    program = f"""
+import importlib
+importlib.import_module({first!r})
+import acme._vendor.ioloop as vendored, ioloop
+assert vendored is not ioloop
+assert (vendored.__name__, ioloop.__name__) == ("acme._vendor.ioloop", "ioloop")
+"""
+    run(environment, "-c", program, cwd=empty)
+
+
 # -- The build for many versions
 
 

@@ -652,21 +652,27 @@ def test_a_handler_set_while_the_loop_runs_stays(loop):
         assert signal.getsignal(ALRM) is fail
 
 
-@pytest.mark.parametrize("stuck", ["lock", "sum"])
+@pytest.mark.parametrize(
+    "stuck",
+    [
+        pytest.param("sum(itertools.repeat(0))", id="c"),
+        pytest.param("lock(mutex), lock(mutex)", id="mutex"),
+        pytest.param("time.sleep(30)", id="sleep"),
+        pytest.param("os.read(os.pipe()[0], 1)", id="read"),
+        pytest.param("threading.Semaphore(0).acquire()", id="lock"),
+        pytest.param("signal.sigwait([signal.SIGUSR1])", id="wait"),
+    ],
+)
 def test_E20_no_action_kills_the_process(poller, stuck):
-    """By SIGALRM, also when it is stuck inside C code that never looks at signals."""
+    """By SIGALRM, also when it is stuck in C code that never looks at signals."""
     code = f"""
-        import ctypes, itertools, resource
+        import ctypes, itertools, os, resource, signal, threading, time
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        lock = ctypes.PyDLL(None).pthread_mutex_lock
+        mutex = ctypes.create_string_buffer(64)
         with ioloop.IOLoop(impl=impl()) as loop:
             loop.set_blocking_signal_threshold(0.05, None)
-            if {stuck == "lock"}:
-                lock = ctypes.PyDLL(None).pthread_mutex_lock
-                mutex = ctypes.create_string_buffer(64)
-                loop.add_callback(lock, mutex)
-                loop.add_callback(lock, mutex)
-            else:
-                loop.add_callback(sum, itertools.repeat(0))
+            loop.add_callback(lambda: ({stuck}))
             loop.start()
         """
     done = poller.run(code, check=False)

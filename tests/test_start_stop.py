@@ -449,7 +449,7 @@ def test_D22_not_initialised(poller):
     """Score: uvloop #760.  A RuntimeError, and no crash."""
     loop = poller.module.IOLoop.__new__(poller.module.IOLoop)
     for name in METHODS:
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError, match="__init__"):
             getattr(loop, name)(*METHODS[name])
     assert repr(loop)
     assert loop.running() is False
