@@ -468,18 +468,23 @@ def test_E14_sleeping_is_not_blocking(watched):
 
 
 def test_progress_is_not_blocking(watched):
-    """Many iterations, each shorter than the threshold."""
-    end = time.monotonic() + 5 * SHORT
+    """Many iterations, each shorter than the threshold, if the machine lets us."""
+    last = time.monotonic()
+    end = last + 5 * SHORT
+    held_up = 0
 
     def again():
-        if time.monotonic() < end:
+        nonlocal last, held_up
+        before, last = last, time.monotonic()
+        held_up += last - before > SHORT / 2
+        if last < end:
             watched.add_callback(again)
         else:
             watched.stop()
 
     watched.add_callback(again)
     watched.start()
-    assert watched.alarms == []
+    assert len(watched.alarms) <= held_up
 
 
 def test_an_alarm_for_each_block(watched):
