@@ -2673,8 +2673,10 @@ cdef class PeriodicCallback(_Referable):
 
     def stop(self):
         """Stop calling; `start()` starts anew.  Loop thread only."""
-        if self.on and self.timeout is not None:
-            self.timeout.cancel()
+        if self.on:
+            _check_owner(self.io_loop.timers)
+            if self.timeout is not None:
+                _cancel(self.timeout)
         self.on = False
         self.timeout = None
 

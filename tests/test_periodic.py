@@ -472,6 +472,23 @@ def test_B16_wrong_thread(loop, poller):
     started.stop()
 
 
+def test_B16_wrong_thread_while_it_is_called(loop, poller):
+    """There is no next tick then, but it is not stopped either."""
+    refused = []
+
+    def tick():
+        with pytest.raises(RuntimeError):
+            in_thread(periodic.stop)
+        refused.append(periodic.is_running())
+        periodic.stop()
+        loop.stop()
+
+    periodic = poller.module.PeriodicCallback(tick, 1, loop)
+    periodic.start()
+    loop.start()
+    assert refused == [True]
+
+
 def test_on_every_poller(loop, poller):
     calls = []
 
