@@ -1,7 +1,7 @@
 # make demo    the echo server of examples/, driven by a real client
 # make test    the whole suite but the slow tests
 # make test-all  those too, and lint, sanitize and leaks
-# make bench   the benchmarks
+# make bench   the benchmarks; make bench-smoke shows that they run
 # make lint    Cython, C and Python, with every warning an error
 # make sanitize  the tests under ASan, UBSan, TSan and valgrind (tests/sanitize.sh)
 # make leaks   reference counts on a debug interpreter (tests/leaks.py)
@@ -34,8 +34,9 @@ test-all: $(VENV)/test
 bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks $(ARGS)
 
-bench-smoke: $(VENV)/module
+bench-smoke: $(VENV)/test
 	$(BIN)/python -m benchmarks --quick
+	$(BIN)/pytest --quiet --benchmark-disable benchmarks/test_primitives.py
 
 # Cython's performance hints are neither warnings nor errors, so they are looked for.
 lint: $(VENV)/lint
