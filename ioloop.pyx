@@ -4068,31 +4068,54 @@ cdef int _run_timer(IOLoop loop, _Timer timer) except -1:
 
 # -- Entrances -----------------------------------------------------------------
 #
-# The methods that programs call most, once more, with CPython's fastest calling
-# convention: they replace those of the class, which are the same but for that.
+# The methods that take a callable and its arguments, once more, with CPython's fastest
+# calling convention: they replace those of the class, which serve the limited API and
+# hold the docstrings.  Their own parameters may be given by name as well.
+
+cdef inline object _enter_queue(IOLoop loop, str name, PyObject **args, Py_ssize_t n,
+                                PyObject *names, object context):
+    if n < 1:
+        return _by_name(getattr(loop, name), ("callback",), args, n, names)
+    _queue_call(loop, <object>args[0], as_tuple(args + 1, n - 1),
+                _keywords(args + n, names), context)
+
 
 cdef object _enter_add_callback(IOLoop loop, PyObject **args, Py_ssize_t n,
                                 PyObject *names):
-    if n < 1:
-        return _by_name(loop.add_callback, ("callback",), args, n, names)
-    _queue_call(loop, <object>args[0], as_tuple(args + 1, n - 1),
-                _keywords(args + n, names), capture_context())
+    return _enter_queue(loop, "add_callback", args, n, names, capture_context())
+
+
+cdef object _enter_add_callback_from_signal(IOLoop loop, PyObject **args, Py_ssize_t n,
+                                            PyObject *names):
+    return _enter_queue(loop, "add_callback_from_signal", args, n, names,
+                        capture_context())
+
+
+cdef object _enter_spawn_callback(IOLoop loop, PyObject **args, Py_ssize_t n,
+                                  PyObject *names):
+    return _enter_queue(loop, "spawn_callback", args, n, names, None)
+
+
+cdef inline object _enter_time(IOLoop loop, str name, str time, _clock_function clock,
+                               PyObject **args, Py_ssize_t n, PyObject *names):
+    if n < 2:
+        return _by_name(getattr(loop, name), (time, "callback"), args, n, names)
+    return _time_call(loop, <object>args[0], clock, <object>args[1],
+                      as_tuple(args + 2, n - 2), _keywords(args + n, names))
 
 
 cdef object _enter_add_timeout(IOLoop loop, PyObject **args, Py_ssize_t n,
                                PyObject *names):
-    if n < 2:
-        return _by_name(loop.add_timeout, ("deadline", "callback"), args, n, names)
-    return _time_call(loop, <object>args[0], _deadline, <object>args[1],
-                      as_tuple(args + 2, n - 2), _keywords(args + n, names))
+    return _enter_time(loop, "add_timeout", "deadline", _deadline, args, n, names)
 
 
 cdef object _enter_call_later(IOLoop loop, PyObject **args, Py_ssize_t n,
                               PyObject *names):
-    if n < 2:
-        return _by_name(loop.call_later, ("delay", "callback"), args, n, names)
-    return _time_call(loop, <object>args[0], _delay, <object>args[1],
-                      as_tuple(args + 2, n - 2), _keywords(args + n, names))
+    return _enter_time(loop, "call_later", "delay", _delay, args, n, names)
+
+
+cdef object _enter_call_at(IOLoop loop, PyObject **args, Py_ssize_t n, PyObject *names):
+    return _enter_time(loop, "call_at", "when", _deadline, args, n, names)
 
 
 cdef object _by_name(object method, tuple parameters, PyObject **args, Py_ssize_t n,
@@ -4122,8 +4145,12 @@ cdef int _replace(str name, str parameters, void *function) except -1:
 
 
 _replace("add_callback", "callback", <void *>_enter_add_callback)
+_replace("add_callback_from_signal", "callback",
+         <void *>_enter_add_callback_from_signal)
+_replace("spawn_callback", "callback", <void *>_enter_spawn_callback)
 _replace("add_timeout", "deadline, callback", <void *>_enter_add_timeout)
 _replace("call_later", "delay, callback", <void *>_enter_call_later)
+_replace("call_at", "when, callback", <void *>_enter_call_at)
 
 
 # -- Invariants ----------------------------------------------------------------

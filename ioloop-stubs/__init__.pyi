@@ -151,10 +151,10 @@ class IOLoop:
         self, callback: Callable[_P, object], *args: _P.args, **kwargs: _P.kwargs
     ) -> None: ...
     def add_callback_from_signal(
-        self, callback: Callable[_P, object], /, *args: _P.args, **kwargs: _P.kwargs
+        self, callback: Callable[_P, object], *args: _P.args, **kwargs: _P.kwargs
     ) -> None: ...
     def spawn_callback(
-        self, callback: Callable[_P, object], /, *args: _P.args, **kwargs: _P.kwargs
+        self, callback: Callable[_P, object], *args: _P.args, **kwargs: _P.kwargs
     ) -> None: ...
     def add_future(
         self, future: _FutureT, callback: Callable[[_FutureT], object]
@@ -181,7 +181,6 @@ class IOLoop:
         self,
         when: _Deadline,
         callback: Callable[_P, object],
-        /,
         *args: _P.args,
         **kwargs: _P.kwargs,
     ) -> _Timeout: ...

@@ -25,6 +25,16 @@ def fail(error=ValueError):
     raise error
 
 
+class Await:
+    """Awaitable: whatever is given is yielded to the loop."""
+
+    def __init__(self, value=None):
+        self.value = value
+
+    def __await__(self):
+        return (yield self.value)
+
+
 # -- Hostile objects -----------------------------------------------------------
 
 

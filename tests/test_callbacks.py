@@ -180,8 +180,22 @@ def test_what_is_not_callable_is_refused_at_the_call(loop, name):
 
 @pytest.mark.parametrize("name", ADDERS)
 def test_a_callback_is_required(loop, name):
-    with pytest.raises(TypeError):
-        getattr(loop, name)()
+    for kwargs in ({}, {"a": 1}):
+        with pytest.raises(TypeError, match="callback"):
+            getattr(loop, name)(**kwargs)
+
+
+def test_a_callback_by_keyword(loop, add):
+    log = []
+
+    def note(**kwargs):
+        log.append(kwargs)
+
+    add(callback=note)
+    add(callback=note, a=1)
+    add(note, callback=3)
+    turn(loop)
+    assert log == [{}, {"a": 1}, {"callback": 3}]
 
 
 class Method:

@@ -721,6 +721,47 @@ def test_timer_on_a_clock_that_interferes(client, make_loop, log, noting):
         client.start_timer(timer, 0)
 
 
+def test_timer_started_by_a_destructor_while_the_heap_grows(client, make_loop, poller):
+    """Up to CPython 3.11 any object that is made may collect garbage."""
+
+    class Garbage:
+        def __init__(self):
+            self.me = self
+
+        def __del__(self):
+            client.start_timer(timer, NEVER)
+
+    def clock():
+        if litter:
+            litter.pop()()
+        return 1000.0
+
+    def collect_soon():
+        Garbage()
+        gc.set_threshold(1)
+        gc.enable()
+
+    litter, fired, threshold = [], [], gc.get_threshold()
+    loop = make_loop(time_func=clock)
+    fire = fired.append
+    timer = client.new_timer(loop, fire, fire)
+    gc.disable()
+    try:
+        for count in range(1, 200):
+            loop.call_later(FOREVER, int)
+            litter.append(collect_soon)
+            client.start_timer(timer, MS)
+            gc.disable()
+            assert loop.stats()["pending_timeouts"] == count + 1
+            client.stop_timer(timer)
+            assert loop.stats()["pending_timeouts"] == count
+    finally:
+        gc.set_threshold(*threshold)
+        gc.enable()
+    poller.module._verify(loop)
+    assert fired == []
+
+
 def test_not_a_timer(client, loop):
     handle = loop.call_later(FOREVER, int)
     for timer in (None, 1, object(), loop, handle):

@@ -1,14 +1,37 @@
 """Forks, other processes, subinterpreters, and the end of the interpreter."""
 
+import contextvars
+import functools
 import multiprocessing
 import os
+import select
 import signal
 import socket
 import threading
+import time
 
 import pytest
-from helpers import READ, WRITE, Recorder, ScriptedPoller, child, pair, turn
-from support import Exit, Thread, fail, in_thread, on_signal, readable, wait_until
+from helpers import (
+    READ,
+    WRITE,
+    Recorder,
+    ScriptedPoller,
+    child,
+    pair,
+    run_until,
+    turn,
+)
+from support import (
+    Exit,
+    Thread,
+    fail,
+    in_thread,
+    is_asleep,
+    on_signal,
+    readable,
+    sleeping,
+    wait_until,
+)
 
 import ioloop
 
@@ -251,6 +274,58 @@ def test_fork_inside_a_callback_without_reinit(loop):
         loop.remove_handler(a)
 
 
+@pytest.mark.parametrize("by", ["callback", "thread"])
+def test_E7_a_child_does_not_ring_the_parents_bell(loop, by):
+    """Its wakeup fd is what it was before start(), whoever has forked."""
+
+    def fork():
+        with child() as inside:
+            if inside:
+                for _ in range(3):
+                    signal.raise_signal(signal.SIGUSR1)
+                assert signal.set_wakeup_fd(-1) == -1
+
+    loop.add_callback(*((fork,) if by == "callback" else (in_thread, fork)))
+    loop.add_callback(loop.stop)
+    with on_signal(signal.SIGUSR1, lambda *_: None):
+        loop.start()
+    turn(loop)
+    assert loop.stats()["events"] == 0
+
+
+def fork_in_a_signal_handler(loop):
+    """While the loop sleeps: the child's start() ends, and the parent's goes on."""
+    pids = []
+
+    def signal_and_stop():
+        main = threading.main_thread()
+        wait_until(lambda: is_asleep(main))
+        os.kill(os.getpid(), signal.SIGUSR1)
+        wait_until(lambda: pids)
+        status = os.waitpid(pids[0], 0)[1]
+        wait_until(lambda: is_asleep(main))
+        loop.add_callback(loop.stop)
+        return status
+
+    loop.call_later(10, loop.stop)
+    thread = Thread(signal_and_stop)
+    code = 1
+    try:
+        with on_signal(signal.SIGUSR1, lambda *_: pids.append(os.fork())):
+            loop.start()
+    except RuntimeError as error:
+        code = "made before a fork" not in str(error)
+    finally:
+        if pids == [0]:
+            os._exit(code)
+    assert thread.join() == 0
+    assert loop.stats()["timeouts"] == 0, "nothing else has woken the loop"
+
+
+def test_B18_fork_in_a_signal_handler_while_the_loop_sleeps(loop):
+    fork_in_a_signal_handler(loop)
+
+
 def test_B21_fork_from_a_thread(loop):
     """Its thread is the child's main thread."""
 
@@ -279,6 +354,51 @@ def test_fork_while_another_thread_runs_the_loop(loop):
             loop.close()
     loop.stop()
     thread.join()
+
+
+@pytest.mark.parametrize("context", ["empty", "own"])
+@pytest.mark.parametrize("where", ["callback", "timeout", "handler"])
+def test_fork_while_another_thread_is_inside_a_call(loop, where, context):
+    """The child's loop is as if that call had ended."""
+    parent, entered, leave = os.getpid(), threading.Event(), threading.Event()
+    seen = set()
+    var = contextvars.ContextVar("var")
+
+    def call(name, *_):
+        seen.add(name)
+        if name == where and os.getpid() == parent:
+            entered.set()
+            leave.wait()
+
+    def add():
+        loop.add_callback(call, "callback")
+        loop.add_timeout(0, call, "timeout")
+
+    def add_all(handler):
+        if context == "own":
+            var.set(1)
+        loop.add_handler(a, handler, READ)
+        add()
+
+    with readable() as (a, _):
+        handler = functools.partial(call, "handler")
+        contextvars.Context().run(add_all, handler)
+        thread = Thread(loop.start)
+        entered.wait()
+        try:
+            with child() as inside:
+                if inside:
+                    loop.reinit()
+                    seen.clear()
+                    contextvars.Context().run(add)
+                    add()
+                    run_until(loop, lambda: len(seen) == 3)
+                    loop.close()
+        finally:
+            leave.set()
+            loop.stop()
+            thread.join()
+        loop.remove_handler(a)
 
 
 def test_fork_while_other_threads_queue(loop):
@@ -372,6 +492,21 @@ def test_a_python_poller_needs_a_reinit_of_its_own():
                 loop.close()
 
 
+def test_B18_a_refused_reinit_leaves_the_parent_alone():
+    """The doorbell stays in an epoll that both have."""
+    with ioloop.IOLoop(impl=select.epoll()) as loop:
+        with child() as inside:
+            if inside:
+                for _ in range(2):
+                    with pytest.raises(RuntimeError, match="reinit"):
+                        loop.reinit()
+                loop.close()
+        loop.call_later(10, loop.stop)
+        with sleeping(loop):
+            pass
+        assert loop.stats()["timeouts"] == 0, "stop() has woken the loop"
+
+
 def test_reinit_without_a_fork_changes_nothing(loop):
     log = []
     loop.add_callback(log.append, 1)
@@ -390,6 +525,36 @@ def test_a_watched_loop_in_the_child(loop):
             loop.start()
             loop.close()
     turn(loop)
+
+
+@pytest.mark.parametrize("call", [lambda run: run(), in_thread], ids=["main", "thread"])
+def test_a_watched_loop_that_goes_on_in_the_child(loop, expect_log, call):
+    """Nor are threads inherited: reinit() starts another watch."""
+
+    def fork():
+        pids.append(os.fork())
+        if pids[0] == 0:
+            loop.reinit()
+            loop.add_callback(time.sleep, 0.5)
+        loop.add_callback(loop.stop)
+
+    def run():
+        code = 1
+        try:
+            loop.start()
+            if pids[0] == 0:
+                expect_log.take("blocked")
+                code = 0
+        finally:
+            if pids[0] == 0:
+                os._exit(code)
+
+    pids = []
+    loop.set_blocking_log_threshold(0.1)
+    loop.add_callback(fork)
+    call(run)
+    assert os.waitpid(pids[0], 0)[1] == 0
+    expect_log.clear()  # the fork may have taken its time
 
 
 # -- Servers -------------------------------------------------------------------

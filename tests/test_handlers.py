@@ -274,7 +274,7 @@ def test_update_of_an_unknown_fd(loop, ends):
         assert refusal.value.errno == errno.ENOENT
 
 
-@pytest.mark.parametrize("fd", [0, free_number(), 2**31 - 1])
+@pytest.mark.parametrize("fd", [0, free_number(), 2**31 - 1, 2**40])
 def test_A6_remove_of_an_unknown_fd_is_silent(loop, fd):
     loop.remove_handler(fd)
     loop.remove_handler(Fileno(fd))
@@ -617,6 +617,28 @@ def test_D17_destructors_that_change_the_table(loop):
         assert late == [(made[0][0], READ)]
         assert loop.stats()["handlers"] == 1
         assert len(dead) == 50
+
+
+def test_D17_a_destructor_that_removes_what_is_next(loop):
+    """A handler that has just run and dies when the next one is about to."""
+
+    class Handler:
+        def __call__(self, fd, events):
+            calls.append(fd)
+            loop.remove_handler(fd)
+
+        def __del__(self):
+            for a, _ in made:
+                loop.remove_handler(a)
+
+    calls = []
+    with pairs(3) as made:
+        for a, b in made:
+            loop.add_handler(a, Handler(), READ)
+            b.send(b"x")
+        turn(loop)
+        assert len(calls) == 1
+        assert loop.stats()["handlers"] == 0
 
 
 def test_removed_handlers_are_freed_at_once(loop, ends):

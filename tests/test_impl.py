@@ -1,9 +1,12 @@
 """`impl` as any Python object: scripted readiness, real wrappers, and pollers
 that misbehave.  What is here runs with no kernel's help and is exact."""
 
+import fcntl
 import io
 import os
+import resource
 import select
+import weakref
 
 import pytest
 from helpers import (
@@ -15,6 +18,7 @@ from helpers import (
     Recorder,
     ScriptedPoller,
     ScriptEnded,
+    child,
     pair,
     pairs,
     permutations,
@@ -204,6 +208,30 @@ def test_close_of_the_impl_is_optional_and_called_once(scripted):
     loop.close()
     loop.close()
     assert poller.closed == 1
+
+
+def test_D28_a_close_of_the_impl_that_raises(counted_files):
+    """All else is closed and let go of all the same."""
+
+    class Stuck(ScriptedPoller):
+        def close(self):
+            raise ZeroDivisionError
+
+    def thing(*args):
+        pass
+
+    loop = ioloop.IOLoop(impl=Stuck())
+    with pair() as (a, _):
+        loop.add_handler(a, thing, READ)
+        loop.add_callback(thing)
+        loop.call_later(60, thing)
+        reference = weakref.ref(thing)
+        del thing
+        with pytest.raises(ZeroDivisionError):
+            loop.close()
+        loop.close()
+        assert reference() is None
+    assert not counted_files()
 
 
 def test_fileno_of_the_impl_is_optional():
@@ -533,6 +561,73 @@ def test_D25_an_impl_that_uses_the_loop_when_told_of_a_handler(scripted, fds):
     loop.add_handler(a, print, READ)
     loop.remove_handler(a)
     assert loop.stats()["handlers"] == 0
+
+
+@pytest.mark.parametrize("trick", ["adds", "removes"])
+def test_D25_an_impl_that_changes_the_table_when_told_to_drop(scripted, fds, trick):
+    a = fds[0]
+    loop, poller = scripted([(a, READ)])
+    large = fcntl.fcntl(a, fcntl.F_DUPFD_CLOEXEC, 900)
+    calls = Recorder()
+
+    def unregister(fd):
+        del poller.unregister
+        poller.unregister(fd)
+        if trick == "adds":
+            loop.add_handler(large, calls, READ)
+        else:
+            loop.remove_handler(a)
+
+    loop.add_handler(a, calls, READ)
+    poller.unregister = unregister
+    try:
+        loop.remove_handler(a)
+        assert loop.stats()["handlers"] == (trick == "adds")
+        assert a not in poller.registered
+        with pytest.raises(FileNotFoundError):
+            loop.update_handler(a, WRITE)
+        turn(loop)
+        assert calls == []
+        loop.add_handler(a, calls, READ)
+    finally:
+        os.close(large)
+
+
+@pytest.mark.parametrize("fd", [2**24, 2**31 - 1])
+def test_A14_a_number_that_no_descriptor_has(fd):
+    """No table is that long, though the poller took it: OverflowError."""
+    with child() as inside:
+        if inside:
+            resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+            poller = ScriptedPoller()
+            with ioloop.IOLoop(impl=poller) as loop:
+                with pytest.raises(OverflowError):
+                    loop.add_handler(fd, print, READ)
+                assert loop.stats()["handlers"] == 0
+                assert list(poller.registered) == [poller.waker]
+                turn(loop)
+
+
+@pytest.mark.parametrize("which", range(8))
+def test_A8_no_memory_after_register(scripted, fds, which):
+    """What the poller was told is taken back: all or nothing."""
+    testcapi = pytest.importorskip("_testcapi", reason="this CPython has no _testcapi")
+    loop, poller = scripted()
+    large = fcntl.fcntl(fds[0], fcntl.F_DUPFD_CLOEXEC, 900)
+
+    def register(fd, events):
+        ScriptedPoller.register(poller, fd, events)
+        testcapi.set_nomemory(which, which + 1)
+
+    poller.register = register
+    try:
+        loop.add_handler(large, print, READ)
+    except MemoryError:
+        pass
+    finally:
+        testcapi.remove_mem_hooks()
+        os.close(large)
+    assert (large in poller.registered) == loop.stats()["handlers"]
 
 
 # -- Real pollers in Python ---------------------------------------------------

@@ -1,5 +1,6 @@
 """What the loop lets go of, and when."""
 
+import contextvars
 import gc
 import os
 import random
@@ -327,6 +328,21 @@ def test_C12_the_heap_shrinks(loop):
             handle.cancel()
 
     assert growth(burst) < 20_000
+
+
+def test_the_queue_shrinks(loop):
+    """A burst's room is given back by and by, while the loop sleeps."""
+
+    def burst():
+        for _ in range(1_000_000):
+            loop.add_callback(int)
+        turn(loop)
+        for _ in range(50):
+            loop.call_later(0.0001, int)
+            loop.run_once()
+
+    # In an empty context a callback is an entry of the queue, and nothing else.
+    assert contextvars.Context().run(growth, burst, 0, 1) < 20_000
 
 
 @pytest.mark.parametrize("what", ["callbacks", "timeouts", "events", "handlers"])

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 from helpers import FakeClock, ScriptedPoller, turn
-from support import Exit, fail, in_thread, sleeping
+from support import Await, Exit, fail, in_thread, sleeping
 
 import ioloop
 from ioloop import PeriodicCallback
@@ -87,6 +87,41 @@ def test_C19_a_period_is_a_number(fake, period):
 def test_the_callback_must_be_callable(fake, callback):
     with pytest.raises(TypeError):
         PeriodicCallback(callback, 100, fake)
+
+
+def test_the_callback_may_be_set(fake, times):
+    periodic = PeriodicCallback(fail, 100, fake)
+    periodic.callback = times
+    assert periodic.callback is times
+    periodic.start()
+    run_for(fake, 0.15)
+    periodic.callback = lambda: times.append("other")
+    run_for(fake, 0.1)
+    periodic.stop()
+    assert times == [0.1, "other"]
+
+
+@pytest.mark.parametrize(
+    "period", [200, 200.0, datetime.timedelta(milliseconds=200)], ids=repr
+)
+def test_the_period_may_be_set(fake, times, period):
+    """It counts from the next tick on."""
+    periodic = PeriodicCallback(times, 100, fake)
+    periodic.start()
+    run_for(fake, 0.25)
+    periodic.callback_time = period
+    assert periodic.callback_time == 200
+    run_for(fake, 0.5)
+    periodic.stop()
+    assert times == [0.1, 0.2, 0.3, 0.5, 0.7]
+
+
+@pytest.mark.parametrize("period", [0, -1, math.nan, datetime.timedelta(0)], ids=repr)
+def test_C19_a_period_that_is_set_must_be_positive(fake, period):
+    periodic = PeriodicCallback(int, 100, fake)
+    with pytest.raises(ValueError):
+        periodic.callback_time = period
+    assert periodic.callback_time == 100
 
 
 def test_an_infinite_period_never_comes(fake, times):
@@ -244,14 +279,10 @@ def test_a_coroutine_is_awaited(fake, times):
     """The next call comes after its end, on the grid."""
     gate = concurrent.futures.Future()
 
-    class Gate:
-        def __await__(self):
-            return (yield gate)
-
     async def work():
         times()
         if len(times) == 1:
-            await Gate()
+            await Await(gate)
 
     periodic = PeriodicCallback(work, 100, fake)
     periodic.start()
@@ -307,6 +338,61 @@ def test_stopped_and_started_while_a_future_is_pending(fake, times):
     periodic.stop()
     turn(fake)
     assert fake.stats()["pending_timeouts"] == 0
+
+
+@pytest.mark.parametrize("how", ["coroutine", "future"])
+@pytest.mark.parametrize("restarts", [1, 3])
+def test_restarted_while_a_call_is_pending_it_does_not_overlap(
+    fake, times, how, restarts
+):
+    """One tick, after the end of the call: however often it was started."""
+    futures = []
+
+    def future():
+        times()
+        futures.append(concurrent.futures.Future())
+        return futures[-1]
+
+    async def coroutine():
+        await Await(future())
+
+    work = {"coroutine": coroutine, "future": future}[how]
+    periodic = PeriodicCallback(work, 100, fake)
+    periodic.start()
+    run_for(fake, 0.15)
+    for _ in range(restarts):
+        periodic.stop()
+        periodic.start()
+        run_for(fake, 0.25)
+    assert times == [0.1]
+    for count in (1, 2):
+        futures[-1].set_result(None)
+        turn(fake, 3)
+        assert fake.stats()["pending_timeouts"] == 1
+        run_for(fake, 0.25)
+        assert len(times) == count + 1
+    periodic.stop()
+    futures[-1].set_result(None)
+    turn(fake, 3)
+    assert fake.stats()["pending_timeouts"] == 0
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_D7_a_coroutine_that_leaves_start_is_called_again(fake, times, steps):
+    async def work():
+        times()
+        for _ in range(steps):
+            await Await()
+        if len(times) == 1:
+            raise Exit
+
+    periodic = PeriodicCallback(work, 100, fake)
+    periodic.start()
+    with pytest.raises(Exit):
+        run_for(fake, 1)
+    run_for(fake, 0.35)
+    periodic.stop()
+    assert times == [0.1, 0.2, 0.3, 0.4]
 
 
 @pytest.mark.parametrize("how", ["coroutine", "future"])

@@ -34,6 +34,7 @@ from helpers import (
     tcp_pair,
     turn,
 )
+from support import Thread
 
 import ioloop
 
@@ -789,6 +790,34 @@ def test_D3_events_that_the_kernel_reports_once_are_kept(loop, flag):
         assert sorted(map(id, calls)) == sorted(id(a) for a, _ in made)
 
 
+@pytest.mark.parametrize("impl", [ioloop._EPoll, select.epoll])
+@pytest.mark.parametrize("embedded", ["before", "after"])
+def test_D3_kept_events_are_due_at_once(impl, embedded):
+    """Also for whoever polls fileno(): the kernel knows of nothing."""
+    with pairs(2) as made, ioloop.IOLoop(impl=impl()) as loop:
+        calls = []
+
+        def handler(fd, events):
+            calls.append(fd)
+            if len(calls) == 1:
+                raise Boom
+
+        if embedded == "before":
+            loop.fileno()
+        for a, b in made:
+            loop.add_handler(a, handler, READ | loop._EPOLLONESHOT)
+            b.send(b"x")
+        with pytest.raises(Boom):
+            turn(loop)
+        assert loop.next_timeout() == 0
+        assert select.select([loop.fileno()], [], [], 0)[0]
+        turn(loop)
+        assert len(calls) == 2
+        assert loop.next_timeout() is None
+        turn(loop)
+        assert not select.select([loop.fileno()], [], [], 0)[0]
+
+
 def test_D3_events_left_by_a_base_exception_are_never_stale(loop):
     with pairs(3) as [(a, a_peer), (b, b_peer), (quiet, _)]:
         both, calls, fresh = {a.fileno(), b.fileno()}, [], Recorder()
@@ -841,6 +870,20 @@ def test_A9_the_refusal_of_a_regular_file_says_what_to_do(loop):
     with open(__file__, "rb") as file, pytest.raises(PermissionError) as refusal:
         loop.add_handler(file, Recorder(), READ)
     assert re_words(str(refusal.value)) & {"thread", "threads", "ready", "read"}
+
+
+def test_A9_a_regular_file_on_the_number_of_a_lost_registration(loop):
+    """The same refusal as without one."""
+    refusals = []
+    with pipe() as (reader, _), open(__file__, "rb") as file:
+        loop.add_handler(reader, Recorder(), READ)
+        os.dup2(file.fileno(), reader)
+        for _ in range(2):
+            with pytest.raises(PermissionError) as refusal:
+                loop.add_handler(reader, Recorder(), READ)
+            refusals.append(str(refusal.value))
+            loop.remove_handler(reader)
+    assert refusals[0] == refusals[1]
 
 
 def re_words(text):
@@ -1326,8 +1369,24 @@ def test_poller_methods_of_its_own(poller):
 
 
 @not_select
+def test_a_poller_is_one_loops_alone(make_loop, poller, counted_files):
+    impl = poller.impl()
+    loop = make_loop(impl=impl)
+    files = counted_files()
+    with pytest.raises(ValueError):
+        make_loop(impl=impl)
+    assert counted_files() == files
+    thread = Thread(loop.stop)
+    loop.start()
+    thread.join()
+
+
 def test_a_closed_poller(poller):
     impl = poller.impl()
+    if poller.name == "select":  # has nothing to close
+        impl.close()
+        assert impl.poll(0) == []
+        return
     number = impl.fileno()
     impl.close()
     with pytest.raises(OSError):

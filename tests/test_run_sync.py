@@ -4,23 +4,14 @@ import asyncio
 import concurrent.futures
 import contextvars
 import gc
+import types
 import weakref
 
 import pytest
 from helpers import READ, turn
-from support import FOREVER, Exit, Thread, fail, in_thread, readable
+from support import FOREVER, Await, Exit, Thread, fail, in_thread, readable
 
 var = contextvars.ContextVar("var", default="unset")
-
-
-class Await:
-    """Awaitable: whatever is given is yielded to the loop."""
-
-    def __init__(self, value=None):
-        self.value = value
-
-    def __await__(self):
-        return (yield self.value)
 
 
 def future(result=None, error=None):
@@ -125,6 +116,20 @@ def test_timeout_closes_the_coroutine(loop):
     assert log == ["closed"]
 
 
+def test_timeout_of_a_coroutine_that_refuses_to_be_closed(loop, expect_log):
+    never = concurrent.futures.Future()
+
+    async def main():
+        try:
+            await Await(never)
+        except GeneratorExit:
+            await Await(never)
+
+    with pytest.raises(TimeoutError):
+        loop.run_sync(main, timeout=0.001)
+    expect_log.take("Exception in callback", RuntimeError)
+
+
 @kinds
 def test_timeout_that_is_not_needed(loop, kind):
     assert loop.run_sync(lambda: kind(3), timeout=FOREVER) == 3
@@ -164,6 +169,67 @@ def test_stop_before_run_sync(loop):
     with pytest.raises(RuntimeError):
         loop.run_sync(lambda: calls.append(1))
     assert loop.run_sync(lambda: 5) == 5
+
+
+def assert_stops_by_itself(loop):
+    """A later start() ends by its own stop(), an iteration later."""
+    log = []
+    loop.add_callback(loop.add_callback, lambda: log.append("own") or loop.stop())
+    loop.start()
+    assert log == ["own"]
+
+
+def test_left_before_its_function_began(loop):
+    """D1: what else was queued is run by a later start(); the function is not."""
+    log = []
+
+    def leave():
+        loop.add_callback(log.append, "other")
+        raise Exit
+
+    loop.add_callback(leave)
+    with pytest.raises(Exit):
+        loop.run_sync(lambda: log.append("func"))
+    assert_stops_by_itself(loop)
+    assert log == ["other"]
+
+
+@pytest.mark.parametrize("cancels", [True, False])
+def test_left_while_it_waits_for_a_future(loop, cancels):
+    """It is cancelled; and if it goes on all the same, nobody hears of it."""
+
+    class Future(concurrent.futures.Future):
+        def cancel(self):
+            log.append("cancelled")
+            return cancels and super().cancel()
+
+    log, gate = [], Future()
+    loop.add_callback(loop.add_callback, fail, Exit)
+    with pytest.raises(Exit):
+        loop.run_sync(lambda: gate)
+    assert log == ["cancelled"]
+    if not cancels:
+        gate.set_result(1)
+    assert_stops_by_itself(loop)
+
+
+@pytest.mark.parametrize("make", [type(None), concurrent.futures.Future])
+def test_left_while_a_coroutine_runs(loop, make):
+    log, awaited = [], make()
+
+    async def main():
+        try:
+            while True:
+                await Await(awaited)
+        finally:
+            log.append("closed")
+
+    # In the third iteration: the coroutine is called in the first, begins in the second.
+    loop.add_callback(loop.add_callback, loop.add_callback, fail, Exit)
+    with pytest.raises(Exit):
+        loop.run_sync(main)
+    assert log == ["closed"]
+    assert_stops_by_itself(loop)
 
 
 @pytest.mark.parametrize("func", [None, 1, "f"])
@@ -293,6 +359,15 @@ def test_D7_its_base_exception_leaves_start(loop, run, error):
     assert not loop.running()
 
 
+@pytest.mark.parametrize("error", [Exit, KeyboardInterrupt])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_D7_its_base_exception_is_raised_once(loop, run, error, steps):
+    run(lambda: coroutine(error=error(), steps=steps))
+    with pytest.raises(error):
+        turn(loop, 5)
+    turn(loop, 5)
+
+
 def test_D12_stop_iteration_and_cancelled_error(loop, expect_log):
     """Inside a coroutine the first is a RuntimeError; the other, a BaseException."""
 
@@ -326,6 +401,26 @@ def test_what_can_not_be_awaited_raises_inside(loop):
     assert log == [True, "on"]
 
 
+def test_what_can_not_be_waited_for_raises_inside(loop, run):
+    class Broken:
+        def add_done_callback(self, callback):
+            raise KeyError("broken")
+
+    log = []
+
+    async def work():
+        try:
+            await Await(Broken())
+        except KeyError as error:
+            log.append(error.args)
+        await Await()
+        log.append("on")
+
+    run(work)
+    until(loop, log, 2)
+    assert log == [("broken",), "on"]
+
+
 def test_objects_with_await(loop):
     log = []
 
@@ -336,6 +431,30 @@ def test_objects_with_await(loop):
 
     loop.add_callback(Work)
     until(loop, log, 1)
+
+
+def test_awaitables_of_other_kinds(loop, run):
+    """An iterator of Nones, and a generator that is a coroutine by its decorator."""
+    log = []
+
+    class Iterates:
+        def __await__(self):
+            return map(log.append, range(3))
+
+    @types.coroutine
+    def generator():
+        for i in range(3):
+            log.append(i)
+            yield
+        return "result"
+
+    for kind in (Iterates, generator):
+        run(kind)
+        until(loop, log, 3)
+        assert log == [0, 1, 2]
+        log.clear()
+    assert loop.run_sync(Iterates, timeout=FOREVER) is None
+    assert loop.run_sync(generator, timeout=FOREVER) == "result"
 
 
 def test_coroutines_wake_the_loop_from_another_thread(loop):
@@ -383,6 +502,18 @@ def test_D20_every_step_runs_in_the_context_of_its_callback(loop):
     until(loop, log, 8)
     assert all(value == got for value, got in log)
     assert var.get() == "unset"
+
+
+@pytest.mark.parametrize("kind", [function, coroutine])
+def test_D20_the_hook_is_called_in_the_context(loop, run, kind):
+    seen = []
+    loop.handle_callback_exception = lambda callback: seen.append(var.get())
+    context = contextvars.copy_context()
+    context.run(var.set, "mine")
+    context.run(run, lambda: kind(error=ZeroDivisionError()))
+    turn(loop, 6)
+    del loop.handle_callback_exception
+    assert seen == ["mine"]
 
 
 def test_D20_run_sync_sees_the_callers_context(loop):

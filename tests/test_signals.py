@@ -1,5 +1,6 @@
 """Signals while the loop sleeps and works, the wakeup fd, and the watchdog."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -390,6 +391,23 @@ def test_E5_a_wakeup_fd_set_while_the_loop_runs_stays(loop, foreign):
     assert wakeup_fd() == writer.fileno()
 
 
+def test_E5_a_foreign_wakeup_fd_that_is_full_stays_quiet(
+    loop, foreign, capsys, monkeypatch
+):
+    unraisable = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    _, writer = foreign
+    for size in (1 << 16, 1):
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                writer.send(bytes(size))
+    with on_signal(USR1, lambda *_: None):
+        loop.add_callback(signal.raise_signal, USR1)
+        turn(loop)
+        signal.raise_signal(USR1)
+    assert (capsys.readouterr().err, unraisable) == ("", [])
+
+
 def test_E6_a_loop_in_a_thread_leaves_it_alone(loop, foreign):
     _, writer = foreign
     in_thread(turn, loop)
@@ -655,6 +673,61 @@ def test_a_handler_set_while_the_loop_runs_stays(loop):
         loop.add_callback(signal.signal, ALRM, fail)
         turn(loop)
         assert signal.getsignal(ALRM) is fail
+
+
+def test_a_handler_set_while_there_is_no_action_stays(poller):
+    poller.run(
+        """
+        import signal
+        calls = []
+        with ioloop.IOLoop(impl=impl()) as loop:
+            loop.set_blocking_signal_threshold(30, None)
+            loop.add_callback(signal.signal, signal.SIGALRM, lambda *_: calls.append(1))
+            loop.run_once(0)
+        signal.raise_signal(signal.SIGALRM)
+        assert calls == [1]
+        """
+    )
+
+
+@pytest.mark.parametrize("value", [None, 5])
+def test_E16_a_posix_timer_of_somebody_else_is_ignored(poller, value):
+    """Its value is no address: that of timer_create(clock, NULL), or a number."""
+    done = poller.run(
+        f"""
+        import ctypes, signal
+
+        class Event(ctypes.Structure):
+            _fields_ = [
+                ("value", ctypes.c_void_p),
+                ("number", ctypes.c_int),
+                ("rest", ctypes.c_char * 52),
+            ]
+
+        class Times(ctypes.Structure):
+            _fields_ = [("interval", ctypes.c_long * 2), ("left", ctypes.c_long * 2)]
+
+        def begin():
+            times.left[1] = 1_000_000
+            assert not libc.timer_settime(timer, 0, ctypes.byref(times), None)
+            wait()
+
+        def wait():
+            assert not libc.timer_gettime(timer, ctypes.byref(times))
+            loop.add_callback(wait if any(times.left) else loop.stop)
+
+        libc, timer, times = ctypes.CDLL(None), ctypes.c_void_p(), Times()
+        value = {value}
+        event = value and ctypes.byref(Event(value, signal.SIGALRM))
+        assert not libc.timer_create(1, event, ctypes.byref(timer))
+        with ioloop.IOLoop(impl=impl()) as loop:
+            loop.set_blocking_log_threshold(60)
+            loop.add_callback(begin)
+            loop.start()
+        print("done")
+        """
+    )
+    assert (done.stdout, done.stderr) == ("done\n", "")
 
 
 @pytest.mark.parametrize(

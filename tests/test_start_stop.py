@@ -587,6 +587,34 @@ def test_run_once_with_nonsense(loop, timeout):
     turn(loop)
 
 
+@pytest.mark.parametrize("where", ["before", "callback", "timeout", "handler"])
+def test_stop_costs_run_once_one_iteration(loop, where):
+    """The one that leaves because of it; there is I/O in all others."""
+    calls = []
+
+    def handler(*_):
+        calls.append(1)
+        if where == "handler" and len(calls) == 1:
+            loop.stop()
+
+    with readable() as (a, _):
+        loop.add_handler(a, handler, READ)
+        if where == "before":
+            loop.stop()
+        elif where == "callback":
+            loop.add_callback(loop.stop)
+        elif where == "timeout":
+            loop.call_later(0, loop.stop)
+        turn(loop, 5)
+        assert len(calls) >= 4
+        assert loop.next_timeout() is None
+        loop.add_callback(loop.add_callback, calls.clear)
+        loop.add_callback(loop.add_callback, loop.stop)
+        loop.start()
+        assert len(calls) <= 1, "start() ended before its own stop()"
+        loop.remove_handler(a)
+
+
 def test_run_once_polls_though_stop_was_called_for_the_next_start(script, log):
     script.stop()
     script.start()
@@ -702,6 +730,18 @@ def test_instance(cls):
     assert cls.initialized() is False
     other = cls.instance()
     assert other is not loop
+
+
+def test_clear_instance(cls):
+    """The loop goes on; it is only no longer what instance() answers."""
+    with cls.instance() as loop:
+        for _ in range(2):
+            cls.clear_instance()
+            assert cls.initialized() is False
+        other = cls.instance()
+        assert other is not loop
+        turn(loop)
+    assert cls.instance() is other
 
 
 @pytest.mark.parametrize("round_", range(5))

@@ -72,6 +72,33 @@ def test_arguments(fake, after):
     assert log == [((1, "b"), {"c": 3}), {"args": 4, "kwargs": 5}]
 
 
+@pytest.mark.parametrize(
+    ("name", "when"), [("add_timeout", "deadline"), ("call_later", "delay")]
+)
+def test_arguments_by_keyword(fake, name, when):
+    log = []
+
+    def note(*args, **kwargs):
+        log.append((args, kwargs))
+
+    add = getattr(fake, name)
+    assert add(**{when: 0, "callback": note}, a=1).callback is note
+    add(0, callback=note, b=2)
+    add(0, note, 3, **{when: 4, "callback": 5})
+    turn(fake)
+    own = {when: 4, "callback": 5}
+    assert log == [((), {"a": 1}), ((), {"b": 2}), ((3,), own)]
+    for missing, args, kwargs in [
+        (when, (), {}),
+        (when, (), {"callback": note}),
+        ("callback", (0,), {}),
+        ("callback", (), {when: 0}),
+    ]:
+        with pytest.raises(TypeError, match=missing):
+            add(*args, **kwargs)
+    assert fake.stats()["pending_timeouts"] == 0
+
+
 def test_D20_context_of_the_call(fake, after):
     var = contextvars.ContextVar("var", default="unset")
     log = []
@@ -242,6 +269,24 @@ def test_deadline_on_the_wall_clock(loop):
     assert loop.add_timeout(when, print).deadline == pytest.approx(when, abs=1e-3)
     assert loop.call_later(100, print).deadline == pytest.approx(when, abs=10)
     assert loop.call_later(math.inf, print).deadline == math.inf
+
+
+@pytest.mark.parametrize("end", ["run", "cancel", "remove", "close"])
+@pytest.mark.parametrize("time_func", [None, FakeClock()], ids=["wall", "custom"])
+def test_deadline_of_a_dead_timeout(make_loop, time_func, end):
+    loop = make_loop(time_func=time_func)
+    when = loop.time() - 5
+    handle = loop.add_timeout(when, int)
+    if end == "run":
+        turn(loop)
+    elif end == "cancel":
+        handle.cancel()
+    elif end == "remove":
+        loop.remove_timeout(handle)
+    else:
+        loop.close()
+    assert handle.callback is None
+    assert handle.deadline == pytest.approx(when, abs=1e-3)
 
 
 def test_handles_are_not_made_by_hand():
@@ -424,6 +469,22 @@ def test_C10_cancelled_by_an_earlier_one_in_the_same_pass(fake, after):
     after(0, log.append, "last")
     turn(fake, 3)
     assert log == ["last"]
+
+
+def test_C10_cancelled_by_a_destructor_of_the_one_before(fake, after):
+    class Callback:
+        def __call__(self):
+            log.append("first")
+
+        def __del__(self):
+            handle.cancel()
+
+    log = []
+    after(0, Callback())
+    handle = after(0, log.append, "never")
+    after(0, log.append, "last")
+    turn(fake, 2)
+    assert log == ["first", "last"]
 
 
 def test_C10_cancels_itself_while_it_runs(fake, after):
