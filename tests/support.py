@@ -171,6 +171,32 @@ def assert_shares_gil(loop, turns=30):
         sys.setswitchinterval(interval)
 
 
+@contextlib.contextmanager
+def broken_bell(reader):
+    """A doorbell, known by its reading end, that can't be rung inside the block."""
+    pipe = os.readlink(f"/proc/self/fd/{reader}")
+    [writer] = [
+        int(fd)
+        for fd in os.listdir("/proc/self/fd")
+        if int(fd) != reader and is_link_to(f"/proc/self/fd/{fd}", pipe)
+    ]
+    keep, unwritable = os.dup(writer), os.open(os.devnull, os.O_RDONLY)
+    try:
+        os.dup2(unwritable, writer, inheritable=False)
+        yield
+    finally:
+        os.dup2(keep, writer, inheritable=False)
+        os.close(keep)
+        os.close(unwritable)
+
+
+def is_link_to(path, target):
+    try:
+        return os.readlink(path) == target
+    except OSError:
+        return False
+
+
 # -- Signals -------------------------------------------------------------------
 
 _libc = ctypes.CDLL(None)

@@ -291,6 +291,29 @@ def test_D20_a_context_that_was_kept_stays_as_it_was(loop):
     assert [context.get(var) for context in kept] == [None, "mine"]
 
 
+def test_D20_a_token_is_of_the_callback_that_got_it(loop):
+    """An empty context that somebody refers to is not used again."""
+    tokens = []
+
+    def first():
+        token = var.set("one")
+        tokens.append(var.set("two"))
+        var.reset(token)
+
+    def second():
+        with pytest.raises(ValueError):
+            var.reset(tokens.pop())
+        tokens.append(var.get())
+
+    def run():
+        loop.add_callback(first)
+        loop.add_callback(second)
+        turn(loop)
+
+    contextvars.Context().run(run)
+    assert tokens == ["unset"]
+
+
 def test_D20_context_is_left_when_a_callback_raises(loop, expect_log):
     def spoil(error):
         var.set("spoilt")
@@ -511,6 +534,20 @@ def test_stats_of_the_first_and_last_batch(loop, run):
     loop.add_callback(work)
     getattr(loop, run)()
     assert loop.stats()["longest_busy"] >= 0.01
+
+
+def test_stats_of_the_longest_busy_time(loop):
+    """Between two waits of one run; a shorter one later does not replace it."""
+    loop.call_later(0.001, time.sleep, 0.03)
+    loop.call_later(0.05, int)
+    loop.call_later(0.06, loop.stop)
+    loop.start()
+    longest = loop.stats()["longest_busy"]
+    assert 0.03 <= longest < 30
+    time.sleep(longest + 0.05)
+    loop.call_later(0.001, loop.stop)
+    loop.start()
+    assert loop.stats()["longest_busy"] == longest
 
 
 def test_many_callbacks_are_counted(loop):

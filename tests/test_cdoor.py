@@ -35,6 +35,8 @@ from helpers import (
     WRITE,
     FakeClock,
     Recorder,
+    ScriptedPoller,
+    child,
     idle,
     pair,
     pairs,
@@ -48,7 +50,9 @@ from support import (
     Exit,
     Thread,
     assert_shares_gil,
+    broken_bell,
     busy_in_thread,
+    compile_library,
     fail,
     in_thread,
     readable,
@@ -797,6 +801,40 @@ def test_callbacks_run_in_one_order(client, loop, log, noting):
     assert loop.stats()["callbacks"] >= 1000
 
 
+def test_a_post_behind_a_callback_that_was_taken_back(clients, log, noting):
+    """Python's was refused, as nobody could ring; C's does not wait for it."""
+    client = clients(ioloop)
+
+    def poll():
+        with broken_bell(impl.waker), pytest.raises(OSError):
+            loop.add_callback(log.append, "refused")
+        client.add_callback(loop, noting("posted"))
+        return []
+
+    impl = ScriptedPoller(poll)
+    with ioloop.IOLoop(impl=impl) as loop:
+        loop.run_once()
+        turn(loop)
+        assert log == ["posted"]
+        assert loop.stats()["pending_callbacks"] == 0
+
+
+def test_a_post_that_can_not_ring_is_taken_back(clients, log, noting):
+    client = clients(ioloop)
+
+    def poll():
+        with broken_bell(impl.waker), pytest.raises(OSError):
+            client.add_callback(loop, noting("refused"))
+        return []
+
+    impl = ScriptedPoller(poll)
+    with ioloop.IOLoop(impl=impl) as loop:
+        loop.run_once()
+        assert loop.stats()["pending_callbacks"] == 0
+        turn(loop)
+        assert log == []
+
+
 def test_a_callback_of_a_callback_runs_in_the_next_iteration(client, loop, log, noting):
     ways = adders(client, loop)
     next_one = noting("next")
@@ -909,6 +947,25 @@ def test_posts_while_the_ring_grows(client, make_loop):
         assert counter.value == 80_000
 
 
+def test_fork_while_threads_post(client, loop, log, noting):
+    """A thread that is no more may have held the lock."""
+    door, counter = client.Door(loop), client.Counter()
+    function = noting("child")
+    for _ in range(5):
+        posters = client.Posters(door, counter, 4, 50_000)
+        with child() as inside:
+            if inside:
+                signal.alarm(20)
+                loop.reinit()
+                client.add_callback(loop, function)
+                turn(loop)
+                assert log == ["child"]
+                loop.close()
+        assert posters.join() == 0
+        turn(loop)
+    assert counter.value == 5 * 4 * 50_000
+
+
 def test_queue_after_close(client, loop, log, noting):
     """What is queued is dropped, and no more is taken."""
     ways = adders(client, loop)
@@ -933,6 +990,59 @@ def test_close_while_threads_post(client, make_loop):
         turn(loop, 2)
         loop.close()
         assert posters.join() in (0, errno.ESHUTDOWN)
+
+
+SLOW_RING = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <unistd.h>
+
+int slow, begun;
+
+ssize_t write(int fd, const void *data, size_t n) {
+    static ssize_t (*real)(int, const void *, size_t);
+    if (!real) real = dlsym(RTLD_NEXT, "write");
+    if (slow && n == 1 && *(const char *)data == '!') {
+        __atomic_store_n(&begun, 1, __ATOMIC_SEQ_CST);
+        usleep(200000);
+    }
+    return real(fd, data, n);
+}
+"""
+
+
+def test_B4_a_ring_in_the_middle_of_close(clients, tmp_path):
+    """Of a thread without the GIL: its byte must not end in a foreign file."""
+    source = tmp_path / "slow_ring.c"
+    source.write_text(SLOW_RING)
+    run_python(
+        """
+        import ctypes, importlib.machinery, importlib.util, os, sys, support
+        path, directory = sys.argv[1:]
+        name = "cdoor_client"
+        loader = importlib.machinery.ExtensionFileLoader(name, path)
+        spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+        client = importlib.util.module_from_spec(spec)
+        loader.exec_module(client)
+        library = ctypes.CDLL(None)
+        loop = ioloop.IOLoop(ioloop._EPoll())
+        loop.fileno()  # somebody else polls it: as good as asleep
+        door, counter = client.Door(loop), client.Counter()
+        ctypes.c_int.in_dll(library, "slow").value = 1
+        begun = ctypes.c_int.in_dll(library, "begun")
+        posters = client.Posters(door, counter, 1, 1)
+        support.wait_until(lambda: begun.value)
+        loop.close()
+        files = [open(f"{directory}/{i}", "wb", buffering=0) for i in range(4)]
+        posters.join()
+        assert [os.fstat(file.fileno()).st_size for file in files] == [0] * 4
+        for file in files:
+            file.close()
+        """,
+        clients(ioloop).__file__,
+        str(tmp_path),
+        LD_PRELOAD=str(compile_library(source, tmp_path / "slow_ring.so")),
+    )
 
 
 def test_no_function(client, loop):

@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import time
+import types
 
 import pytest
 from helpers import (
@@ -204,6 +205,28 @@ def test_a_descriptor_closed_in_the_child(loop):
         loop.remove_handler(b)
 
 
+def test_numbers_closed_in_the_child_that_become_the_loops_own(make_loop, poller):
+    """Those of the new poller and doorbell; what had them before is forgotten."""
+    with pair() as (a, _):
+        numbers = [os.dup(a.fileno()) for _ in range(5)]
+        loop = make_loop(impl=poller.impl())
+        for number in numbers:
+            loop.add_handler(number, fail, READ)
+        with child() as inside:
+            if inside:
+                for number in numbers:
+                    os.close(number)
+                loop.reinit()
+                own = 2 if poller.name == "select" else 3
+                assert list(loop._handlers) == numbers[own:]
+                loop.add_callback(loop.stop)
+                loop.start()
+                loop.close()
+        for number in numbers:
+            loop.remove_handler(number)
+            os.close(number)
+
+
 @pytest.mark.parametrize("way", ["leave", "reinit", "close"])
 def test_fork_inside_a_callback(loop, way):
     """The child may go on with the loop, or leave it."""
@@ -246,6 +269,33 @@ def test_fork_inside_a_callback_and_return_from_start(loop):
     finally:
         if pids[0] == 0:
             os._exit(loop.stats()["timeouts"] != 1)
+    assert os.waitpid(pids[0], 0)[1] == 0
+
+
+def test_signals_wake_the_child_that_goes_on_with_start(loop):
+    """The wakeup fd is that of the new doorbell, for signals that a thread gets."""
+    pids = []
+
+    def kill_itself(main):
+        wait_until(lambda: is_asleep(main))
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+
+    def fork():
+        pids.append(os.fork())
+        if pids[0]:
+            loop.stop()
+        else:
+            signal.alarm(20)
+            loop.reinit()
+            Thread(kill_itself, types.SimpleNamespace(native_id=os.getpid()))
+
+    loop.add_callback(fork)
+    with on_signal(signal.SIGUSR1, lambda *_: loop.stop()):
+        try:
+            loop.start()
+        finally:
+            if pids[0] == 0:
+                os._exit(0)
     assert os.waitpid(pids[0], 0)[1] == 0
 
 

@@ -3,9 +3,11 @@ that misbehave.  What is here runs with no kernel's help and is exact."""
 
 import fcntl
 import io
+import operator
 import os
 import resource
 import select
+import signal
 import weakref
 
 import pytest
@@ -25,6 +27,7 @@ from helpers import (
     run_until,
     turn,
 )
+from support import Exit, fail, on_signal, pend
 
 import ioloop
 
@@ -375,6 +378,22 @@ def test_D3_base_exception_keeps_the_rest_of_the_batch(scripted, fds, order):
     assert sorted(called) == sorted(fds)
 
 
+def test_D3_a_signal_that_comes_with_the_events(scripted, fds):
+    """Its handler raises before the first of them is delivered: none is lost."""
+    raise_, number = pend(signal.SIGUSR1)
+    # No Python function between the signal and the end of the poll.
+    masks = map(operator.or_, map(raise_, [number]), [READ])
+    loop, _ = scripted(zip(fds[:1], masks, strict=True))
+    calls = Recorder()
+    loop.add_handler(fds[0], calls, READ)
+    with on_signal(signal.SIGUSR1, lambda *_: fail(Exit)):
+        with pytest.raises(Exit):
+            loop.run_once(0)
+    assert calls == []
+    turn(loop)
+    assert calls == [(fds[0], READ)]
+
+
 def test_D3_kept_events_respect_what_changed_meanwhile(scripted, fds):
     loop, _ = scripted([(fd, READ) for fd in fds])
     called = []
@@ -628,6 +647,25 @@ def test_A8_no_memory_after_register(scripted, fds, which):
         testcapi.remove_mem_hooks()
         os.close(large)
     assert (large in poller.registered) == loop.stats()["handlers"]
+
+
+def test_D25_an_impl_that_makes_the_tables_grow_when_told_of_a_mask(scripted, fds):
+    loop, poller = scripted([(fds[0], READ | WRITE)])
+    calls, high = Recorder(), os.dup2(fds[1], 900)
+
+    def modify(fd, events):
+        ScriptedPoller.modify(poller, fd, events)
+        loop.add_handler(high, fail, READ)
+
+    try:
+        loop.add_handler(fds[0], calls, READ)
+        poller.modify = modify
+        loop.update_handler(fds[0], READ | WRITE)
+        turn(loop)
+        assert calls == [(fds[0], READ | WRITE)]
+        loop.remove_handler(high)
+    finally:
+        os.close(high)
 
 
 # -- Real pollers in Python ---------------------------------------------------

@@ -345,6 +345,21 @@ def test_the_queue_shrinks(loop):
     assert contextvars.Context().run(growth, burst, 0, 1) < 20_000
 
 
+def test_C12_the_first_burst_is_given_back_too(loop):
+    """Growth from one burst to the next would not show tables that stay large."""
+    tracemalloc.start()
+    try:
+        handles = [loop.call_later(60, fail) for _ in range(50_000)]
+        peak = tracemalloc.get_traced_memory()[0]
+        for handle in handles:
+            handle.cancel()
+        del handles, handle
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] < 50_000 < peak / 10
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("what", ["callbacks", "timeouts", "events", "handlers"])
 def test_F3_iterations_leave_nothing(loop, what):
     with readable() as (a, _):

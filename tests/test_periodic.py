@@ -5,6 +5,7 @@ import concurrent.futures
 import datetime
 import gc
 import math
+import random
 import weakref
 
 import pytest
@@ -462,6 +463,16 @@ def test_jitter(fake, times, jitter):
     assert all(0 < gap <= 0.1 * (1 + jitter / 2) + 1e-5 for gap in gaps)
     assert len(set(gaps)) > len(gaps) // 2
     assert 150 < len(times) < 260
+
+
+@pytest.mark.parametrize(("chance", "gap"), [(0, 0.075), (0.5, 0.1), (1, 0.125)])
+def test_jitter_is_half_of_the_fraction_each_way(fake, times, monkeypatch, chance, gap):
+    monkeypatch.setattr(random, "random", lambda: chance)
+    periodic = PeriodicCallback(times, 100, fake, jitter=0.5)
+    periodic.start()
+    run_for(fake, 0.35)
+    periodic.stop()
+    assert times[:2] == pytest.approx([gap, 2 * gap])
 
 
 @pytest.mark.parametrize("jitter", [-0.1, -1, math.nan])

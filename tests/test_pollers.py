@@ -34,7 +34,7 @@ from helpers import (
     tcp_pair,
     turn,
 )
-from support import Thread
+from support import Thread, compile_library
 
 import ioloop
 
@@ -480,6 +480,48 @@ def test_A3_duplicate_of_a_closed_fd_whose_number_is_used_again(loop, leftover_l
             assert fresh == [(number, READ)]
         finally:
             close(number, keep)
+
+
+def test_A3_closed_but_never_removed_does_not_spin(loop, leftover_logged):
+    """A duplicate keeps it alive, and its handler can neither read nor know."""
+    with pairs(2) as [(a, b), (c, d)]:
+        others = Recorder()
+        number, keep = os.dup(a.fileno()), os.dup(a.fileno())
+        try:
+            loop.add_handler(number, Recorder(), READ)
+            loop.add_handler(c, others, READ)
+            os.close(number)
+            b.send(b"x")
+            idle(loop, polls=100)
+            leftover_logged()
+            d.send(b"x")
+            turn(loop)
+            assert others == [(c, READ)]
+            loop.remove_handler(number)
+        finally:
+            close(keep)
+
+
+@only_epoll
+def test_A3_the_new_set_has_the_number_of_the_old(loop, leftover_logged):
+    """Which somebody else may poll."""
+    with pairs(2) as [(a, b), (c, d)]:
+        number, keep = os.dup(a.fileno()), os.dup(a.fileno())
+        try:
+            outer = loop.fileno()
+            loop.add_handler(number, Recorder(), READ)
+            loop.add_handler(c, Recorder(), READ)
+            os.close(number)
+            loop.remove_handler(number)
+            b.send(b"x")
+            turn(loop, 2)
+            leftover_logged()
+            assert loop.fileno() == outer
+            assert not select.select([outer], [], [], 0)[0]
+            d.send(b"x")
+            assert select.select([outer], [], [], 10)[0]
+        finally:
+            close(keep)
 
 
 def test_A3_several_kernel_leftovers_at_once(loop, leftover_logged):
@@ -1078,17 +1120,19 @@ def test_A29_close_on_exec_from_birth(seccomp):
     )
 
 
-def test_A30_never_on_the_numbers_of_stdio(poller):
+@pytest.mark.parametrize("closed", [(0, 1, 2), (1, 2), (2,), (1,), (0,)])
+def test_A30_never_on_the_numbers_of_stdio(poller, closed):
+    """However many are free: the loop's own move up one by one."""
     poller.run(
-        """
+        f"""
         import os
         report = os.dup(2)
-        for fd in range(3):
+        for fd in {closed}:
             os.close(fd)
         loop = ioloop.IOLoop(impl())
         loop.add_callback(loop.stop)
         loop.start()
-        for fd in range(3):
+        for fd in {closed}:
             try:
                 os.fstat(fd)
             except OSError:
@@ -1265,6 +1309,43 @@ def test_A12_no_memory(poller):
             assert ran == ["a"]
             loop.close()
         """
+    )
+
+
+NO_ROOM = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stddef.h>
+
+size_t refused;
+
+void *realloc(void *p, size_t n) {
+    static void *(*real)(void *, size_t);
+    if (!real) real = dlsym(RTLD_NEXT, "realloc");
+    return refused && n == refused ? NULL : real(p, n);
+}
+"""
+
+
+def test_F15_no_memory_for_a_larger_batch(tmp_path):
+    """What there was room for is delivered: the kernel reports it only once."""
+    source = tmp_path / "no_room.c"
+    source.write_text(NO_ROOM)
+    run_python(
+        """
+        import ctypes, os, platform
+        refused = ctypes.c_size_t.in_dll(ctypes.CDLL(None), "refused")
+        calls = []
+        with ioloop.IOLoop(ioloop._EPoll()) as loop:
+            fds = [os.eventfd(1) for _ in range(300)]
+            for fd in fds:
+                loop.add_handler(fd, lambda fd, _: calls.append(fd), 1 | 1 << 30)
+            refused.value = 2 * 256 * (12 if platform.machine() == "x86_64" else 16)
+            for _ in range(3):
+                loop.run_once(0)
+        assert sorted(calls) == fds
+        """,
+        LD_PRELOAD=str(compile_library(source, tmp_path / "no_room.so")),
     )
 
 

@@ -102,6 +102,22 @@ def test_timeout(loop, poller, timeout):
     assert loop.stats()["pending_timeouts"] == 0
 
 
+def test_done_in_the_iteration_of_its_timeout(loop):
+    """The value counts, and not that time is over as well."""
+    assert loop.run_sync(lambda: 7, timeout=0) == 7
+
+
+def test_a_timeout_stops_no_later_start(loop):
+    """What is cancelled tells so when nobody waits for it any more."""
+    log = []
+    with pytest.raises(TimeoutError):
+        loop.run_sync(concurrent.futures.Future, timeout=0.001)
+    loop.add_callback(loop.add_callback, log.append, 1)
+    loop.call_later(0.002, loop.stop)
+    loop.start()
+    assert log == [1]
+
+
 def test_timeout_closes_the_coroutine(loop):
     log = []
 
@@ -168,6 +184,8 @@ def test_stop_before_run_sync(loop):
     loop.stop()
     with pytest.raises(RuntimeError):
         loop.run_sync(lambda: calls.append(1))
+    turn(loop, 2)
+    assert calls == []
     assert loop.run_sync(lambda: 5) == 5
 
 
@@ -224,7 +242,7 @@ def test_left_while_a_coroutine_runs(loop, make):
         finally:
             log.append("closed")
 
-    # In the third iteration: the coroutine is called in the first, begins in the second.
+    # In the third iteration: it is called in the first, and begins in the second.
     loop.add_callback(loop.add_callback, loop.add_callback, fail, Exit)
     with pytest.raises(Exit):
         loop.run_sync(main)

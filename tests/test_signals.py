@@ -1,6 +1,7 @@
 """Signals while the loop sleeps and works, the wakeup fd, and the watchdog."""
 
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -10,7 +11,7 @@ import threading
 import time
 
 import pytest
-from helpers import READ, Recorder, turn
+from helpers import READ, Recorder, ScriptedPoller, pair, turn
 from support import (
     FOREVER,
     Exit,
@@ -25,6 +26,8 @@ from support import (
     readable,
     wait_until,
 )
+
+import ioloop
 
 USR1, INT, ALRM = signal.SIGUSR1, signal.SIGINT, signal.SIGALRM
 
@@ -156,6 +159,20 @@ def test_E9_a_storm_of_signals_postpones_nothing(loop):
     assert len(signals) > 5
 
 
+def test_E9_a_storm_where_no_doorbell_ends_the_poll(loop, foreign):
+    """Somebody else has the wakeup fd: each EINTR leaves the rest of the time."""
+    end = time.monotonic() + 3
+
+    def handler(*_):
+        if time.monotonic() > end:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    with alarm(0.001, handler, 0.001):
+        loop.call_later(0.05, loop.stop)
+        loop.start()
+    assert time.monotonic() < end
+
+
 def test_E10_a_signal_handler_that_raises(loop):
     log = []
     loop.call_later(FOREVER, fail)
@@ -225,6 +242,18 @@ def test_E2_many_signals_are_one_ring(loop):
         for number, handler in zip(numbers, old, strict=True):
             signal.signal(number, handler)
     assert sorted(log) == sorted(numbers)
+
+
+def test_E2_a_signal_whose_ring_is_drained_with_an_older_one():
+    """Its handler runs before the next poll, which would wait for ever."""
+    impl = ScriptedPoller()
+    with pair() as (a, _), ioloop.IOLoop(impl=impl) as loop:
+        loop.add_handler(a.fileno(), functools.partial(*pend(USR1)), READ)
+        impl.batches.append([(a.fileno(), READ), (impl.waker, READ)])
+        with on_signal(USR1, lambda *_: loop.stop()):
+            loop.start()
+        assert len(impl.polls) == 1
+        loop.remove_handler(a)
 
 
 SHIM = r"""
@@ -326,6 +355,33 @@ def test_E1_a_signal_between_the_check_and_the_poll(poller, shim, number):
     )
 
 
+@pytest.mark.parametrize("poller", ["epoll", "select"], indirect=True)
+def test_E1_between_the_check_and_the_poll_without_a_wakeup_fd(poller, shim):
+    """Somebody else has it: nothing but the poll's signal mask is left."""
+    poller.run(
+        """
+        import ctypes, signal, socket, time
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGUSR1, lambda *_: loop.stop())
+        library = ctypes.CDLL(None)
+        ctypes.c_int.in_dll(library, "window_signal").value = signal.SIGUSR1
+        countdown = ctypes.c_int.in_dll(library, "window_countdown")
+        with ours, theirs, ioloop.IOLoop(impl=impl()) as loop:
+            loop.call_later(20, int)
+            for n in range(3):
+                countdown.value = 1
+                start = time.monotonic()
+                loop.start()
+                assert countdown.value == 0
+                assert time.monotonic() - start < 10
+            signal.set_wakeup_fd(-1)
+        """,
+        LD_PRELOAD=shim,
+    )
+
+
 # -- The wakeup fd -------------------------------------------------------------
 
 
@@ -381,6 +437,25 @@ def test_E5_a_foreign_wakeup_fd_is_respected(loop, foreign, error):
     assert wakeup_fd() == writer.fileno()
 
 
+@pytest.mark.parametrize("poller", ["epoll", "select"], indirect=True)
+def test_E5_pending_before_the_sleep_with_a_foreign_wakeup_fd(loop, foreign):
+    """Its ring is somebody else's: the loop looks before it sleeps."""
+    late = loop.call_later(5, loop.stop)
+    with on_signal(USR1, lambda *_: loop.stop()):
+        loop.add_callback(*pend(USR1))
+        loop.start()
+    assert late.callback is not None
+
+
+def test_E5_a_signal_interrupts_with_a_foreign_wakeup_fd(loop, foreign):
+    late = loop.call_later(5, loop.stop)
+    with on_signal(USR1, lambda *_: loop.stop()):
+        thread = when_asleep(kill, USR1)
+        loop.start()
+        thread.join()
+    assert late.callback is not None
+
+
 def test_E5_a_wakeup_fd_set_while_the_loop_runs_stays(loop, foreign):
     _, writer = foreign
     signal.set_wakeup_fd(-1)
@@ -406,6 +481,24 @@ def test_E5_a_foreign_wakeup_fd_that_is_full_stays_quiet(
         turn(loop)
         signal.raise_signal(USR1)
     assert (capsys.readouterr().err, unraisable) == ("", [])
+
+
+def test_E5_a_loop_inside_another_has_a_doorbell_of_its_own(make_loop, poller):
+    """The outer loop's wakeup fd is not somebody else's."""
+    outer, inner = make_loop(), make_loop(impl=poller.impl())
+    seen = []
+
+    def nested():
+        seen.append(wakeup_fd())
+        inner.add_callback(lambda: seen.append(wakeup_fd()))
+        turn(inner)
+        seen.append(wakeup_fd())
+
+    outer.add_callback(nested)
+    turn(outer)
+    assert seen[0] == seen[2] != seen[1]
+    assert min(seen) > 2
+    assert wakeup_fd() == -1
 
 
 def test_E6_a_loop_in_a_thread_leaves_it_alone(loop, foreign):
@@ -434,6 +527,28 @@ def test_E3_signals_are_not_lost_in_a_full_pipe(loop):
         loop.add_callback(*pend(USR1))
         turn(loop)
     assert len(log) == before + 1
+
+
+def test_E3_a_pipe_that_signals_have_filled(loop):
+    """Each has rung while the loop was at work; nothing is said of it, and whoever
+    rings then is heard."""
+    count, log = 70_000, []
+
+    def storm():
+        for _ in range(count):
+            signal.raise_signal(USR1)
+        threads.append(Thread(loop.add_callback, loop.stop))
+        threads[0].join()
+
+    threads = []
+    with on_signal(USR1, lambda *_: log.append(1)):
+        loop.add_callback(storm)
+        loop.add_callback(*pend(USR1))
+        loop.start()
+        assert len(log) == count + 1
+        thread = when_asleep(loop.stop)
+        loop.start()
+        thread.join()
 
 
 # -- The watchdog in the main thread -------------------------------------------
@@ -483,6 +598,29 @@ def test_E14_sleeping_is_not_blocking(watched):
     watched.call_later(5 * SHORT, watched.stop)
     watched.start()
     assert watched.alarms == []
+
+
+@pytest.mark.parametrize("thread", [False, True])
+@pytest.mark.parametrize("where", ["timeout", "handler"])
+def test_E15_what_blocks_after_a_long_sleep_is_noticed(loop, expect_log, where, thread):
+    """In which whoever watches has found nothing to do."""
+    loop.set_blocking_log_threshold(SHORT)
+
+    def handler(*_):
+        loop.remove_handler(a)
+        block()
+        loop.stop()
+
+    with pair() as (a, b):
+        loop.add_handler(a, handler, READ)
+        if where == "timeout":
+            loop.call_later(5 * SHORT, handler)
+        else:
+            sender = Thread(lambda: (time.sleep(5 * SHORT), b.send(b"x")))
+        in_thread(loop.start) if thread else loop.start()
+        if where == "handler":
+            sender.join()
+    expect_log.take(r"(?s)blocked .*\bblock\b")
 
 
 def test_progress_is_not_blocking(watched):

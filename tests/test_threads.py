@@ -21,6 +21,7 @@ from support import (
     alarm,
     assert_shares_gil,
     at_once,
+    broken_bell,
     busy_in_thread,
     in_thread,
     pend,
@@ -404,6 +405,62 @@ def test_B1_a_full_pipe_is_a_rung_bell(loop, count):
     assert len(added) == count
     loop.call_later(0.001, loop.stop)
     loop.start()
+
+
+def test_B1_full_while_the_loop_sleeps(bell):
+    """Before it has answered: who rings then is told of no error."""
+    poller, log = bell._impl, []
+
+    def fill_and_ring():
+        path = f"/proc/self/fd/{poller.waker}"
+        writer = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        with pytest.raises(BlockingIOError):
+            while True:
+                os.write(writer, b"!")
+        os.close(writer)
+        in_thread(bell.add_callback, log.append, 1)
+
+    poller.actions = [fill_and_ring]
+    bell.run_once()
+    turn(bell)
+    assert log == [1]
+
+
+def test_B2_what_is_queued_behind_a_refused_callback_stays(bell, monkeypatch):
+    """Only the call that failed is undone, not one that was accepted meanwhile."""
+    log = []
+
+    def strerror(error):
+        broken.close()
+        bell.add_callback(log.append, "accepted")
+        return "broken"
+
+    def ring():
+        broken.enter_context(broken_bell(bell._impl.waker))
+        with pytest.raises(OSError, match="broken"):
+            bell.add_callback(log.append, "refused")
+
+    broken = contextlib.ExitStack()
+    monkeypatch.setattr(os, "strerror", strerror)
+    bell._impl.actions = [ring]
+    bell.run_once()
+    turn(bell)
+    assert "accepted" in log
+
+
+def test_B2_a_refused_stop_does_not_stop(bell):
+    def ring():
+        with broken_bell(bell._impl.waker), pytest.raises(OSError):
+            bell.stop()
+        bell.add_callback(int)
+
+    log = []
+    bell._impl.actions = [ring]
+    bell.run_once()
+    bell.add_callback(bell.add_callback, log.append, "ran")
+    bell.add_callback(bell.add_callback, bell.stop)
+    bell.start()
+    assert log == ["ran"]
 
 
 def doorbell():

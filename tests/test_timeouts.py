@@ -15,7 +15,15 @@ import time
 import weakref
 
 import pytest
-from helpers import READ, FakeClock, Recorder, ScriptedPoller, child, turn
+from helpers import (
+    READ,
+    FakeClock,
+    Recorder,
+    ScriptedPoller,
+    child,
+    run_python,
+    turn,
+)
 from support import Exit, compile_library, fail, readable
 
 import ioloop
@@ -183,8 +191,12 @@ def test_C6_too_large_an_int_is_an_overflow_error(fake):
                 getattr(fake, way)(value, print)
 
 
-NEVER = [math.inf, 1e300, 1e18, 2.0**63, 2**63, 10**300, sys.float_info.max]
-PAST = [-math.inf, -1e300, -1e18, -(2**63), -1, -0.0, 0, -1e-9]
+# 2**63 nanoseconds are 9.22e9 seconds.
+NEVER = [
+    *(math.inf, 1e300, 1e18, 2.0**63, 2**63, 10**300, sys.float_info.max),
+    *(9.21e9, 9.23e9, 9.29e9),
+]
+PAST = [-math.inf, -1e300, -1e18, -(2**63), -9.29e9, -9.23e9, -1, -0.0, 0, -1e-9]
 
 
 @pytest.mark.parametrize("value", NEVER, ids=repr)
@@ -220,6 +232,52 @@ def test_C4_days_of_sleep(loop, days):
         loop.start()
         loop.remove_handler(a)
     assert loop.next_timeout() == pytest.approx(days * 86400, abs=60)
+
+
+MILLISECONDS = r"""
+#include <errno.h>
+#include <signal.h>
+#include <sys/epoll.h>
+#include <time.h>
+
+int last_timeout;
+
+int epoll_pwait2(int ep, struct epoll_event *e, int n, const struct timespec *t,
+                 const sigset_t *m) {
+    errno = ENOSYS;
+    return -1;
+}
+int epoll_pwait(int ep, struct epoll_event *e, int n, int ms, const sigset_t *m) {
+    last_timeout = ms;
+    return 0;
+}
+"""
+
+
+def test_C4_far_deadlines_in_milliseconds(tmp_path):
+    """Where there is no epoll_pwait2: what epoll is told fits into an int.
+
+    The loop does not sleep for more than a day, but the poller can be asked to.
+    """
+    source = tmp_path / "milliseconds.c"
+    source.write_text(MILLISECONDS)
+    run_python(
+        """
+        import ctypes
+        last = ctypes.c_int.in_dll(ctypes.CDLL(None), "last_timeout")
+        for days in (1, 24, 25, 49.71, 50, 3650, 106_000):
+            poller = ioloop._EPoll()
+            poller.poll(days * 86400)
+            wanted = min(days * 86_400_000, 2**31 - 1)
+            assert 0.99 * wanted < last.value <= wanted, (days, last.value)
+            with ioloop.IOLoop(poller) as loop:
+                loop.call_later(days * 86400, print)
+                loop.run_once()
+                wanted = min(days * 86_400_000, 86_400_000)
+                assert 0.99 * wanted < last.value <= wanted, (days, last.value)
+        """,
+        LD_PRELOAD=str(compile_library(source, tmp_path / "milliseconds.so")),
+    )
 
 
 @pytest.mark.parametrize("value", PAST, ids=repr)
@@ -460,6 +518,25 @@ def test_added_late_and_cancelled_in_the_same_pass(fake, after):
     assert late[0].deadline == pytest.approx(1000)
     turn(fake, 3)
     assert log == ["kept"]
+
+
+@pytest.mark.parametrize("count", [63, 64, 65, 300, 1000])
+def test_C14_the_tables_grow_while_timeouts_run(fake, after, count):
+    """What has to wait for the next pass moves to the new ones."""
+    log, late = [], []
+
+    def add():
+        late.extend(after(0, log.append, n) for n in range(count))
+        ioloop._verify(fake)
+        for handle in late[::3]:
+            handle.cancel()
+        ioloop._verify(fake)
+
+    after(0, add)
+    turn(fake)
+    assert log == []
+    turn(fake)
+    assert log == [n for n in range(count) if n % 3]
 
 
 def test_C10_cancelled_by_an_earlier_one_in_the_same_pass(fake, after):
@@ -781,12 +858,27 @@ def test_C3_never_early(loop, way):
     assert min(late) >= (-1e-6 if way == "add_timeout" else 0)
 
 
+def test_C3_a_fraction_of_a_nanosecond_is_early_too(fake, clock):
+    """The deadline is rounded up, and the clock down."""
+    log = []
+    clock.now = 0.0
+    fake.add_timeout(1e-9, log.append, 1)
+    clock.now = 0.6e-9
+    turn(fake)
+    assert log == []
+    clock.now = 2e-9
+    turn(fake)
+    assert log == [1]
+
+
+@pytest.mark.parametrize("delay", [0.00002, 0.00004, 0.0005])
 @pytest.mark.parametrize("way", ["call_later", "add_timeout"])
-def test_C1_no_spinning_near_the_deadline(loop, way):
-    """Two polls to a timeout at most (score row 6)."""
+def test_C1_no_spinning_near_the_deadline(loop, way, delay):
+    """Two polls to a timeout at most (score row 6), also within the timer slack."""
     for _ in range(20):
         before = loop.stats()["polls"]
-        loop.call_later(0.0005, loop.stop)
+        base = loop.time() if way == "add_timeout" else 0
+        getattr(loop, way)(base + delay, loop.stop)
         loop.start()
         assert loop.stats()["polls"] - before <= 2
 
