@@ -952,7 +952,8 @@ cdef class IOLoop(_Referable):
     def fileno(self):
         """Return the poller's file descriptor, readable when `run_once` is due.
 
-        Raises io.UnsupportedOperation if the poller has none.  Any thread.
+        An outer epoll has to be told of it anew if the poller was rebuilt, which is
+        logged.  Raises io.UnsupportedOperation if the poller has none.  Any thread.
         """
         _check_open(self)
         number = self.poller.fileno()
@@ -1400,13 +1401,18 @@ cdef inline int64_t _less_slack(int64_t ns) noexcept:
 
 
 cdef int _wait(IOLoop loop, int64_t wait) except -1:
-    cdef sigset_t every
     if not loop.poller.foreign:
         wait = _less_slack(min(wait, LONGEST * <int64_t>SECOND))
-    if not (loop.in_main_thread and loop.wakeup == NOT_OURS and loop.poller.maskable):
-        return loop.poller.wait(0 if _is_awake(loop) else wait)
-    # A signal does not ring the doorbell: let none come but in the poll.
-    _check_signals(loop)  # here their handlers run with the mask as it is
+    if loop.in_main_thread and loop.wakeup == NOT_OURS:
+        _check_signals(loop)  # no byte in the doorbell tells of one
+        if loop.poller.maskable:
+            return _wait_masked(loop, wait)
+    return loop.poller.wait(0 if _is_awake(loop) else wait)
+
+
+cdef int _wait_masked(IOLoop loop, int64_t wait) except -1:
+    """Let no signal come but in the poll, which it interrupts."""
+    cdef sigset_t every
     sigfillset(&every)
     pthread_sigmask(SIG_SETMASK, &every, &loop.poller.mask)
     loop.poller.masked = True
@@ -3202,7 +3208,8 @@ cdef class _EPoll(_Poller):
         try:
             _fill(self, table)
             if old >= 0:
-                # The number stays: it may be watched by another loop.
+                # The number stays: another loop may watch it.  (An epoll of its does
+                # not notice, and has to be told anew.)
                 check(dup3(self.handle, old, O_CLOEXEC))
         except BaseException:
             close(self.handle)

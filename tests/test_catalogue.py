@@ -77,6 +77,13 @@ def existing_tests():
     return found
 
 
+def test_every_test_named_after_a_row_is_in_the_table():
+    rows = table()
+    for name in existing_tests():
+        for row in re.findall(r"_([A-F]\d+)(?=_)", name):
+            assert f"`{name}`" in rows[row][1]
+
+
 def test_every_row_has_a_test_that_exists_or_a_reason():
     rows, exist = table(), existing_tests()
     assert list(rows) == [

@@ -437,7 +437,6 @@ def test_E5_a_foreign_wakeup_fd_is_respected(loop, foreign, error):
     assert wakeup_fd() == writer.fileno()
 
 
-@pytest.mark.parametrize("poller", ["epoll", "select"], indirect=True)
 def test_E5_pending_before_the_sleep_with_a_foreign_wakeup_fd(loop, foreign):
     """Its ring is somebody else's: the loop looks before it sleeps."""
     late = loop.call_later(5, loop.stop)
@@ -513,20 +512,6 @@ def test_E7_no_wakeup_fd_is_left_at_a_closed_loop(loop):
     assert wakeup_fd() == -1
     with on_signal(USR1, lambda *_: None):
         signal.raise_signal(USR1)
-
-
-def test_E3_signals_are_not_lost_in_a_full_pipe(loop):
-    """The pipe is a doorbell only; what happened is in the interpreter's flags."""
-    count, log = 0, []
-    with on_signal(USR1, lambda *_: log.append(1)):
-        while count < 70_000 // 64:
-            for _ in range(64):
-                signal.raise_signal(USR1)
-            count += 1
-        before = len(log)
-        loop.add_callback(*pend(USR1))
-        turn(loop)
-    assert len(log) == before + 1
 
 
 def test_E3_a_pipe_that_signals_have_filled(loop):
