@@ -3000,8 +3000,11 @@ cdef int _renew_poller(IOLoop loop) except -1:
         loop.poller.renew(loop.table)
     except OSError:
         return 0  # the old set is as it was, and has one more event to tell
-    _log().warning("a file descriptor was closed before remove_handler() while a "
-                   "duplicate of it is open; the poller was rebuilt without it")
+    try:
+        _log().warning("a file descriptor was closed before remove_handler() while a "
+                       "duplicate of it is open; the poller was rebuilt without it")
+    except Exception:
+        _unraisable(loop)
     return 0
 
 
