@@ -334,7 +334,7 @@ def test_the_queue_shrinks(loop):
     """A burst's room is given back by and by, while the loop sleeps."""
 
     def burst():
-        for _ in range(1_000_000):
+        for _ in range(200_000):
             loop.add_callback(int)
         turn(loop)
         for _ in range(50):
