@@ -742,10 +742,11 @@ def test_timer_started_by_a_destructor_while_the_heap_grows(client, make_loop, p
 
     def collect_soon():
         Garbage()
+        kept.extend([] for _ in range(100))  # a list used again would collect nothing
         gc.set_threshold(1)
         gc.enable()
 
-    litter, fired, threshold = [], [], gc.get_threshold()
+    litter, kept, fired, threshold = [], [], [], gc.get_threshold()
     loop = make_loop(time_func=clock)
     fire = fired.append
     timer = client.new_timer(loop, fire, fire)

@@ -376,6 +376,36 @@ def test_B18_fork_in_a_signal_handler_while_the_loop_sleeps(loop):
     fork_in_a_signal_handler(loop)
 
 
+def test_B18_fork_in_a_signal_handler_with_a_python_poller():
+    """Its poll() goes on after the signal: the child finds out when that ends."""
+    pids = []
+
+    def signal_and_stop():
+        main = threading.main_thread()
+        wait_until(lambda: is_asleep(main))
+        os.kill(os.getpid(), signal.SIGUSR1)
+        wait_until(lambda: pids and is_asleep(main))
+        loop.add_callback(loop.stop)
+
+    with pair() as (a, b), ioloop.IOLoop(impl=select.epoll()) as loop:
+        loop.add_handler(a, fail, READ)
+        loop.call_later(10, loop.stop)
+        thread = Thread(signal_and_stop)
+        code = 1
+        try:
+            with on_signal(signal.SIGUSR1, lambda *_: pids.append(os.fork())):
+                loop.start()
+        except RuntimeError as error:
+            code = "made before a fork" not in str(error)
+        finally:
+            if pids == [0]:
+                os._exit(code)
+        thread.join()
+        assert loop.stats()["timeouts"] == 0, "add_callback() has woken the loop"
+        b.send(b"x")  # in the epoll that both have
+        assert os.waitpid(pids[0], 0)[1] == 0
+
+
 def test_B21_fork_from_a_thread(loop):
     """Its thread is the child's main thread."""
 

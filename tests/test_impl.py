@@ -627,7 +627,7 @@ def test_A14_a_number_that_no_descriptor_has(fd):
                 turn(loop)
 
 
-@pytest.mark.parametrize("which", range(8))
+@pytest.mark.parametrize("which", range(4))
 def test_A8_no_memory_after_register(scripted, fds, which):
     """What the poller was told is taken back: all or nothing."""
     testcapi = pytest.importorskip("_testcapi", reason="this CPython has no _testcapi")
