@@ -4085,9 +4085,16 @@ cdef int _run_timer(IOLoop loop, _Timer timer) except -1:
 cdef inline object _enter_queue(IOLoop loop, str name, PyObject **args, Py_ssize_t n,
                                 PyObject *names, object context):
     if n < 1:
-        return _by_name(getattr(loop, name), ("callback",), args, n, names)
+        return _queue_by_name(loop, name, args, names, context)
     _queue_call(loop, <object>args[0], as_tuple(args + 1, n - 1),
                 _keywords(args + n, names), context)
+
+
+cdef object _queue_by_name(IOLoop loop, str name, PyObject **args, PyObject *names,
+                           object context):
+    cdef dict keywords = _keywords(args, names)
+    callback, = _by_name(name, ("callback",), args, 0, keywords)
+    _queue_call(loop, callback, None, keywords, context)
 
 
 cdef object _enter_add_callback(IOLoop loop, PyObject **args, Py_ssize_t n,
@@ -4109,9 +4116,16 @@ cdef object _enter_spawn_callback(IOLoop loop, PyObject **args, Py_ssize_t n,
 cdef inline object _enter_time(IOLoop loop, str name, str time, _clock_function clock,
                                PyObject **args, Py_ssize_t n, PyObject *names):
     if n < 2:
-        return _by_name(getattr(loop, name), (time, "callback"), args, n, names)
+        return _time_by_name(loop, name, time, clock, args, n, names)
     return _time_call(loop, <object>args[0], clock, <object>args[1],
                       as_tuple(args + 2, n - 2), _keywords(args + n, names))
+
+
+cdef object _time_by_name(IOLoop loop, str name, str time, _clock_function clock,
+                          PyObject **args, Py_ssize_t n, PyObject *names):
+    cdef dict keywords = _keywords(args + n, names)
+    when, callback = _by_name(name, (time, "callback"), args, n, keywords)
+    return _time_call(loop, when, clock, callback, None, keywords)
 
 
 cdef object _enter_add_timeout(IOLoop loop, PyObject **args, Py_ssize_t n,
@@ -4128,16 +4142,15 @@ cdef object _enter_call_at(IOLoop loop, PyObject **args, Py_ssize_t n, PyObject 
     return _enter_time(loop, "call_at", "when", _deadline, args, n, names)
 
 
-cdef object _by_name(object method, tuple parameters, PyObject **args, Py_ssize_t n,
-                     PyObject *names):
-    """Call again with what was given by name put in its place."""
-    cdef dict keywords = _keywords(args + n, names) or {}
-    cdef list given = [<object>args[i] for i in range(n)]
+cdef list _by_name(str method, tuple parameters, PyObject **args, Py_ssize_t n,
+                   dict keywords):
+    """The values of all parameters, those from the n-th on taken from `keywords`."""
+    cdef list values = [<object>args[i] for i in range(n)]
     for name in parameters[n:]:
-        if name not in keywords:
-            raise TypeError(f"{method.__name__}() is missing its argument {name!r}")
-        given.append(keywords.pop(name))
-    return method(*given, **keywords)
+        if keywords is None or name not in keywords:
+            raise TypeError(f"{method}() is missing its argument {name!r}")
+        values.append(keywords.pop(name))
+    return values
 
 
 cdef inline dict _keywords(PyObject **values, PyObject *names):

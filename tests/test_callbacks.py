@@ -198,6 +198,23 @@ def test_a_callback_by_keyword(loop, add):
     assert log == [{}, {"a": 1}, {"callback": 3}]
 
 
+@pytest.mark.parametrize("name", [*ADDERS, "add_timeout", "call_later", "call_at"])
+def test_keywords_do_not_reach_an_override_again(make_loop, poller, name):
+    """One that calls what it overrides by keyword does not call itself."""
+    calls, base = [], poller.module.IOLoop
+    time = {"add_timeout": "deadline", "call_later": "delay", "call_at": "when"}
+
+    def override(self, **kwargs):
+        calls.append("override")
+        return getattr(base, name)(self, **kwargs)
+
+    loop = make_loop(type("Sub", (base,), {name: override}))
+    own = {time[name]: 0} if name in time else {}
+    getattr(loop, name)(callback=functools.partial(calls.append, "ran"), **own)
+    turn(loop)
+    assert calls == ["override", "ran"]
+
+
 class Method:
     def __init__(self):
         self.log = []
