@@ -2233,8 +2233,7 @@ cdef bint _set_wakeup_fd(int fd) except -1:
 
 cdef enum:
     CLOCK_IS_SET = 10000    # the wall clock is, if it jumps by so many nanoseconds
-
-    WALL = -1
+    WALL = -1               # the slot of a dead timeout whose time() is the wall clock
 
 cdef struct _Entry:
     int64_t deadline
@@ -2283,7 +2282,7 @@ cdef class _Timeout:
     cdef PyObject *timers           # where it is; NULL: it has run or was cancelled
     cdef int64_t stamp              # the order of adding; the deadline of a dead one
     cdef int index
-    cdef int slot                   # of a dead one: WALL if its deadline is monotonic
+    cdef int slot                   # of a dead one: WALL, or 0 with a time_func
 
     def __init__(self):
         raise TypeError("a timeout is made by IOLoop.add_timeout()")

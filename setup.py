@@ -36,7 +36,8 @@ ioloop = Extension(
     # Before glibc 2.34, timer_create() is not in libc.
     libraries=["rt"] if sys.platform == "linux" else [],
     extra_compile_args=[
-        *("-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"),
+        *("-O3", "-g" if "debug" in switches else "-g0"),
+        *("-fvisibility=hidden", "-Wall", "-Wextra"),
         # Better no module than one that can't be loaded.
         "-Werror=implicit-function-declaration",
     ],
@@ -50,7 +51,6 @@ if "abi3" in switches:
 if "debug" in switches:
     ioloop.define_macros += [("IOLOOP_DEBUG", "1")]
     ioloop.undef_macros += ["NDEBUG"]
-    ioloop.extra_compile_args += ["-g"]
 if "trace" in switches:
     ioloop.cython_directives = {"linetrace": True}
     ioloop.define_macros += [
