@@ -42,12 +42,6 @@ def pytest_unconfigure(config):
     os.close(config.ioloop_stderr)
 
 
-def pytest_collection_finish():
-    # What exists by now stays out of every collection of the checks below.
-    gc.collect()
-    gc.freeze()
-
-
 # -- Pollers ------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import sysconfig
 import threading
 import time
 
-from helpers import pair
+from helpers import READ, pair
 
 FOREVER = 3600
 
@@ -33,6 +33,52 @@ class Await:
 
     def __await__(self):
         return (yield self.value)
+
+
+# -- Methods, and arguments for them --------------------------------------------
+
+# What is refused in another thread than the one that runs the loop,
+LOOP_THREAD_ONLY = {
+    "add_handler": (0, int, READ),
+    "update_handler": (0, READ),
+    "remove_handler": (0,),
+    "add_timeout": (0, int),
+    "call_later": (0, int),
+    "call_at": (0, int),
+    "remove_timeout": (None,),
+    "start": (),
+    "run_once": (0,),
+    "run_sync": (int,),
+    "next_timeout": (),
+    "close": (),
+    "set_blocking_signal_threshold": (1, None),
+    "set_blocking_log_threshold": (1,),
+}
+
+# ... and of a closed loop, or in a forked child.
+OPEN_LOOP_ONLY = {
+    "add_callback": (int,),
+    "add_callback_from_signal": (int,),
+    "spawn_callback": (int,),
+    "add_handler": (0, int, READ),
+    "update_handler": (0, READ),
+    "remove_handler": (0,),
+    "add_timeout": (0, int),
+    "call_later": (0, int),
+    "call_at": (0, int),
+    "remove_timeout": (None,),
+    "start": (),
+    "stop": (),
+    "run_once": (0,),
+    "run_sync": (int,),
+    "next_timeout": (),
+    "fileno": (),
+    "stats": (),
+    "install": (),
+    "make_current": (),
+    "set_blocking_signal_threshold": (None, None),
+    "set_blocking_log_threshold": (None,),
+}
 
 
 # -- Hostile objects -----------------------------------------------------------
@@ -157,18 +203,44 @@ def busy_in_thread(loop):
         thread.join()
 
 
+@contextlib.contextmanager
+def switch_interval(seconds):
+    """How long a thread waits for the GIL before it asks for it."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(seconds)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
 def assert_shares_gil(loop, turns=30):
     """Give the GIL away; the loop gives it back, after a bounded number of passes."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(0.005)
-    try:
+    with switch_interval(0.005):
         before = loop.stats()["iterations"]
         for _ in range(turns):
             time.sleep(0)
         # Some 50,000 passes fit into an interval.
         assert loop.stats()["iterations"] - before < turns * 500_000
+
+
+@contextlib.contextmanager
+def flooded(loop):
+    """Two threads that add callbacks as fast as the loop runs them."""
+    done = threading.Event()
+
+    def flood():
+        while not done.is_set():
+            if loop.stats()["pending_callbacks"] < 1000:
+                loop.add_callback(int)
+
+    threads = [Thread(flood) for _ in range(2)]
+    try:
+        yield
     finally:
-        sys.setswitchinterval(interval)
+        done.set()
+        for thread in threads:
+            thread.join()
 
 
 @contextlib.contextmanager

@@ -23,9 +23,11 @@ from helpers import (
     turn,
 )
 from support import (
+    OPEN_LOOP_ONLY,
     Exit,
     Thread,
     fail,
+    flooded,
     in_thread,
     is_asleep,
     on_signal,
@@ -40,30 +42,6 @@ pytestmark = pytest.mark.filterwarnings(
     # A fork beside other threads, from 3.12 on: it is what is tested here.
     "ignore:This process .* is multi-threaded:DeprecationWarning"
 )
-
-REFUSED = {
-    "add_callback": (int,),
-    "add_callback_from_signal": (int,),
-    "spawn_callback": (int,),
-    "add_handler": (0, int, READ),
-    "update_handler": (0, READ),
-    "remove_handler": (0,),
-    "add_timeout": (0, int),
-    "call_later": (0, int),
-    "call_at": (0, int),
-    "remove_timeout": (None,),
-    "start": (),
-    "stop": (),
-    "run_once": (0,),
-    "run_sync": (int,),
-    "next_timeout": (),
-    "fileno": (),
-    "stats": (),
-    "install": (),
-    "make_current": (),
-    "set_blocking_signal_threshold": (None, None),
-    "set_blocking_log_threshold": (None,),
-}
 
 
 def still_works(loop, a, b, calls):
@@ -85,7 +63,7 @@ def test_B18_every_use_in_the_child_is_refused(loop):
     """By an error that says what to do."""
     with child() as inside:
         if inside:
-            for name, args in REFUSED.items():
+            for name, args in OPEN_LOOP_ONLY.items():
                 with pytest.raises(RuntimeError, match="fork.*reinit"):
                     getattr(loop, name)(*args)
             assert "forked" in repr(loop)
@@ -343,8 +321,21 @@ def test_E7_a_child_does_not_ring_the_parents_bell(loop, by):
     assert loop.stats()["events"] == 0
 
 
-def fork_in_a_signal_handler(loop):
-    """While the loop sleeps: the child's start() ends, and the parent's goes on."""
+def start_and_fork(loop, pids):
+    """SIGUSR1 forks; the child exits with 0 if its start() was refused."""
+    code = 1
+    try:
+        with on_signal(signal.SIGUSR1, lambda *_: pids.append(os.fork())):
+            loop.start()
+    except RuntimeError as error:
+        code = "made before a fork" not in str(error)
+    finally:
+        if pids == [0]:
+            os._exit(code)
+
+
+def test_B18_fork_in_a_signal_handler_while_the_loop_sleeps(loop):
+    """The child's start() ends, and the parent's goes on."""
     pids = []
 
     def signal_and_stop():
@@ -359,21 +350,9 @@ def fork_in_a_signal_handler(loop):
 
     loop.call_later(10, loop.stop)
     thread = Thread(signal_and_stop)
-    code = 1
-    try:
-        with on_signal(signal.SIGUSR1, lambda *_: pids.append(os.fork())):
-            loop.start()
-    except RuntimeError as error:
-        code = "made before a fork" not in str(error)
-    finally:
-        if pids == [0]:
-            os._exit(code)
+    start_and_fork(loop, pids)
     assert thread.join() == 0
     assert loop.stats()["timeouts"] == 0, "nothing else has woken the loop"
-
-
-def test_B18_fork_in_a_signal_handler_while_the_loop_sleeps(loop):
-    fork_in_a_signal_handler(loop)
 
 
 def test_B18_fork_in_a_signal_handler_with_a_python_poller():
@@ -391,15 +370,7 @@ def test_B18_fork_in_a_signal_handler_with_a_python_poller():
         loop.add_handler(a, fail, READ)
         loop.call_later(10, loop.stop)
         thread = Thread(signal_and_stop)
-        code = 1
-        try:
-            with on_signal(signal.SIGUSR1, lambda *_: pids.append(os.fork())):
-                loop.start()
-        except RuntimeError as error:
-            code = "made before a fork" not in str(error)
-        finally:
-            if pids == [0]:
-                os._exit(code)
+        start_and_fork(loop, pids)
         thread.join()
         assert loop.stats()["timeouts"] == 0, "add_callback() has woken the loop"
         b.send(b"x")  # in the epoll that both have
@@ -483,25 +454,15 @@ def test_fork_while_another_thread_is_inside_a_call(loop, where, context):
 
 def test_fork_while_other_threads_queue(loop):
     """Whatever a thread held when it vanished, the child's copy is usable."""
-    done = threading.Event()
-
-    def flood():
-        while not done.is_set():
-            if loop.stats()["pending_callbacks"] < 1000:
-                loop.add_callback(int)
-
-    threads = [Thread(flood) for _ in range(2)]
-    for _ in range(5):
-        with child() as inside:
-            if inside:
-                loop.reinit()
-                loop.add_callback(loop.stop)
-                loop.start()
-                loop.close()
-        loop.run_once(0)
-    done.set()
-    for thread in threads:
-        thread.join()
+    with flooded(loop):
+        for _ in range(5):
+            with child() as inside:
+                if inside:
+                    loop.reinit()
+                    loop.add_callback(loop.stop)
+                    loop.start()
+                    loop.close()
+            loop.run_once(0)
 
 
 def test_signals_wake_the_child(loop):

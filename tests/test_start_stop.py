@@ -13,6 +13,7 @@ import pytest
 from helpers import READ, FakeClock, Recorder, ScriptedPoller, pair, pairs, turn
 from support import (
     FOREVER,
+    OPEN_LOOP_ONLY,
     Exit,
     Thread,
     at_once,
@@ -399,31 +400,7 @@ def test_B14_close_from_another_thread_while_running_is_refused(loop):
             loop.close()
 
 
-METHODS = {
-    "add_callback": (int,),
-    "add_callback_from_signal": (int,),
-    "spawn_callback": (int,),
-    "add_future": (None, int),
-    "add_handler": (0, int, READ),
-    "update_handler": (0, READ),
-    "remove_handler": (0,),
-    "add_timeout": (0, int),
-    "call_later": (0, int),
-    "call_at": (0, int),
-    "remove_timeout": (None,),
-    "start": (),
-    "stop": (),
-    "run_once": (0,),
-    "run_sync": (int,),
-    "next_timeout": (),
-    "fileno": (),
-    "stats": (),
-    "install": (),
-    "make_current": (),
-    "reinit": (),
-    "set_blocking_signal_threshold": (None, None),
-    "set_blocking_log_threshold": (None,),
-}
+METHODS = {**OPEN_LOOP_ONLY, "add_future": (None, int), "reinit": ()}
 
 
 def test_B15_closed(loop, poller):

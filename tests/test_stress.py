@@ -12,13 +12,21 @@ import random
 import signal
 import socket
 import struct
-import sys
 import threading
 import time
 
 import pytest
 from helpers import READ, child, turn
-from support import FOREVER, Thread, alarm, at_once, readable, wait_until
+from support import (
+    FOREVER,
+    LOOP_THREAD_ONLY,
+    Thread,
+    alarm,
+    at_once,
+    readable,
+    switch_interval,
+    wait_until,
+)
 
 TIMES = int(os.environ.get("IOLOOP_STRESS", "0"))
 
@@ -34,10 +42,8 @@ def size(request):
 
 @pytest.fixture(autouse=True)
 def fast_switching():
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(interval)
+    with switch_interval(1e-6):
+        yield
 
 
 # -- Threads -------------------------------------------------------------------
@@ -122,24 +128,6 @@ def loop_is_closed(loop):
     return "closed" in repr(loop)
 
 
-METHODS = {
-    "add_handler": (0, int, READ),
-    "update_handler": (0, READ),
-    "remove_handler": (0,),
-    "add_timeout": (0, int),
-    "call_later": (0, int),
-    "call_at": (0, int),
-    "remove_timeout": (None,),
-    "start": (),
-    "run_once": (0,),
-    "run_sync": (int,),
-    "next_timeout": (),
-    "close": (),
-    "set_blocking_signal_threshold": (1, None),
-    "set_blocking_log_threshold": (1,),
-}
-
-
 def test_every_method_from_wrong_threads_while_the_loop_works(loop, poller, size):
     """Refused each time, and nothing is lost of what goes on meanwhile."""
     counts = dict.fromkeys(["timeouts", "events", "callbacks", "ticks"], 0)
@@ -170,7 +158,7 @@ def test_every_method_from_wrong_threads_while_the_loop_works(loop, poller, size
 
     periodic = poller.module.PeriodicCallback(lambda: count("ticks"), 0.1, loop)
     handle = loop.call_later(FOREVER, int)
-    calls = [(getattr(loop, name), args) for name, args in METHODS.items()]
+    calls = [(getattr(loop, name), args) for name, args in LOOP_THREAD_ONLY.items()]
     calls += [(handle.cancel, ()), (periodic.start, ()), (periodic.stop, ())]
     with readable() as (a, b):
         loop.add_handler(a, on_event, READ)

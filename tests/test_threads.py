@@ -8,7 +8,6 @@ import functools
 import gc
 import os
 import signal
-import sys
 import threading
 import time
 
@@ -16,6 +15,7 @@ import pytest
 from helpers import READ, ScriptedPoller, pair, pairs, turn
 from support import (
     FOREVER,
+    LOOP_THREAD_ONLY,
     Exit,
     Thread,
     alarm,
@@ -23,10 +23,12 @@ from support import (
     at_once,
     broken_bell,
     busy_in_thread,
+    flooded,
     in_thread,
     pend,
     readable,
     sleeping,
+    switch_interval,
     wait_until,
 )
 
@@ -36,30 +38,12 @@ import ioloop
 @pytest.fixture(autouse=True)
 def fast_switching():
     """Threads change places as often as can be."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(interval)
+    with switch_interval(1e-6):
+        yield
 
 
 # -- The wrong thread ----------------------------------------------------------
 
-REFUSED = {
-    "add_handler": (0, int, READ),
-    "update_handler": (0, READ),
-    "remove_handler": (0,),
-    "add_timeout": (0, int),
-    "call_later": (0, int),
-    "call_at": (0, int),
-    "remove_timeout": (None,),
-    "start": (),
-    "run_once": (0,),
-    "run_sync": (int,),
-    "next_timeout": (),
-    "close": (),
-    "set_blocking_signal_threshold": (1, None),
-    "set_blocking_log_threshold": (1,),
-}
 ALLOWED = {
     "add_callback": (int,),
     "add_callback_from_signal": (int,),
@@ -76,7 +60,7 @@ def test_B16_wrong_thread_is_refused(loop):
     handle = loop.call_later(FOREVER, int)
     with sleeping(loop):
         before = loop.stats()
-        for name, args in REFUSED.items():
+        for name, args in LOOP_THREAD_ONLY.items():
             with pytest.raises(RuntimeError):
                 getattr(loop, name)(*args)
         with pytest.raises(RuntimeError):
@@ -110,7 +94,7 @@ def test_B16_other_threads_may_use_an_idle_loop(loop):
 def test_B16_a_storm_of_wrong_calls(loop):
     """Score row 18: an error for each call, and neither crash nor damage."""
     handle = loop.call_later(FOREVER, int)
-    calls = [(getattr(loop, name), args) for name, args in REFUSED.items()]
+    calls = [(getattr(loop, name), args) for name, args in LOOP_THREAD_ONLY.items()]
     calls.append((handle.cancel, ()))
     log = []
 
@@ -657,18 +641,8 @@ def test_A32_an_fd_closed_by_another_thread_while_the_loop_sleeps(loop, poller):
 
 def test_time_is_not_stopped_by_a_flood(loop):
     """Producers that never pause starve neither timeouts nor I/O."""
-    done = threading.Event()
-
-    def flood():
-        while not done.is_set():
-            if loop.stats()["pending_callbacks"] < 1000:
-                loop.add_callback(int)
-
-    threads = [Thread(flood) for _ in range(2)]
-    start = time.monotonic()
-    loop.call_later(0.02, loop.stop)
-    loop.start()
-    done.set()
-    for thread in threads:
-        thread.join()
+    with flooded(loop):
+        start = time.monotonic()
+        loop.call_later(0.02, loop.stop)
+        loop.start()
     assert time.monotonic() - start < 20
