@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import helpers  # noqa: E402
+from support import compile_library  # noqa: E402
 
 import ioloop  # noqa: E402
 
@@ -165,6 +166,13 @@ def make_loop(poller):
 def loop(make_loop):
     """A loop on `poller`."""
     return make_loop()
+
+
+@pytest.fixture(scope="session")
+def shim(tmp_path_factory):
+    """A library to preload, which sees the calls that wait and that set timers."""
+    target = tmp_path_factory.mktemp("shim") / "shim.so"
+    return str(compile_library(HERE / "shim.c", target))
 
 
 # -- What a test may not leave behind -----------------------------------------

@@ -64,7 +64,7 @@ for tool; do
             $pytest -m "not slow" -k "not kqueue and not random_order" \
             $(files callbacks errors fork handlers impl memory model nomemory \
                 periodic pollers run_sync signals start_stop stress faults threads \
-                timeouts)
+                timeouts watchdog)
         ;;
     undefined)
         build undefined -fsanitize=undefined -fno-sanitize-recover=undefined
@@ -87,7 +87,7 @@ for tool; do
             TSAN_OPTIONS=exitcode=66:die_after_fork=0 \
             $pytest -m "not slow" \
             -k "not kqueue and not E1_ and not E20 and not system_call and not goes_on" \
-            $(files fork signals stress threads)
+            $(files fork signals stress threads watchdog)
         ;;
     valgrind)
         # 30 times slower: every operation of leaks.py a few times.

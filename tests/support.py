@@ -283,6 +283,21 @@ def pend(number):
     return _libc["raise"], number
 
 
+def when_asleep(function, *args):
+    """Call it in a thread, once the main thread sleeps in a poll."""
+    main = threading.main_thread()
+
+    def wait():
+        wait_until(lambda: is_asleep(main))
+        function(*args)
+
+    return Thread(wait)
+
+
+def kill(number=signal.SIGINT):
+    os.kill(os.getpid(), number)
+
+
 @contextlib.contextmanager
 def on_signal(number, handler):
     """A signal's handler inside the block."""
