@@ -11,14 +11,21 @@
  *   With any entry of that kind the call returns without looking for events.
  * - EV_DELETE, EV_ENABLE and EV_DISABLE: EBADF for a closed descriptor, ENOENT
  *   for a filter that is not there.
+ * - A new filter is enabled unless EV_DISABLE comes with EV_ADD.  Adding one that
+ *   is there changes its udata and leaves it disabled if it was: EV_ENABLE is due.
+ *   (The manual says otherwise, the kernels of FreeBSD, OpenBSD and macOS do so.)
  * - Closing a descriptor removes its filters, even while a duplicate lives.
  * - EINTR ends the wait; the changes of that call stay applied.
  * - The queue is not inherited by fork(): the child finds its number closed.
  * - The queue itself is a pollable descriptor and not close-on-exec.
  *
- * Unlike FreeBSD: no EV_CLEAR and no other filters (EINVAL).  A closed number
- * is told from its reuse by st_dev and st_ino, so anonymous inodes (eventfd,
- * epoll) that follow each other on one number look like one object.  While a
+ * Nothing tells the fake of a close, so it looks for them at every call: all files
+ * that any queue watches are also in an epoll set that is never waited on, the
+ * witness, into which a number can be added again only if its file has changed.
+ *
+ * Unlike FreeBSD: no EV_CLEAR and no other filters (EINVAL).  A number that was
+ * closed, and is the same open file again at the next call, was never closed.  What
+ * epoll refuses (regular files, /dev/null) is known by st_dev and st_ino.  While a
  * duplicate of a closed descriptor lives the queue may poll as readable for it.
  * A queue may be moved to another number (dup, then close), not shared by two.
  */
@@ -26,6 +33,7 @@
 #define FAKE_KQUEUE_H
 
 #include <errno.h>
+#include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
@@ -85,6 +93,7 @@ struct fake_filter {
 /* filters[0] is EVFILT_READ, filters[1] is EVFILT_WRITE. */
 struct fake_knote {
     int fd;
+    int witnessed;
     struct stat st;
     struct fake_filter filters[2];
 };
@@ -100,26 +109,132 @@ struct fake_kq {
 static struct fake_kq *fake_kqs;
 static pthread_mutex_t fake_kq_lock = PTHREAD_MUTEX_INITIALIZER;
 
-static int fake_is_open(int fd, const struct stat *was)
-{
-    struct stat st;
-    return fstat(fd, &st) == 0 && st.st_dev == was->st_dev &&
-           st.st_ino == was->st_ino;
-}
-
-/* All epoll sets have the same inode: what is in a queue's mirror tells that it is
-   one, and not an epoll set that got its number later. */
+/* All epoll sets have the same inode: what is in one tells that it is a queue (or
+   the witness), and not an epoll set that got its number later. */
 static int fake_marker = -1;
-
-__attribute__((constructor)) static void fake_make_marker(void)
-{
-    fake_marker = eventfd(0, EFD_CLOEXEC);
-}
+static int fake_witness = -1;
+static int fake_stale; /* the witness may hold what no knote is for */
 
 static int fake_is_queue(int fd)
 {
     struct epoll_event event = {0};
     return epoll_ctl(fd, EPOLL_CTL_MOD, fake_marker, &event) == 0;
+}
+
+/* Out of the way of those who open, count and close descriptors. */
+static int fake_move_up(int fd)
+{
+    int moved = fcntl(fd, F_DUPFD_CLOEXEC, 740);
+    if (moved >= 0)
+        close(fd);
+    return moved >= 0 ? moved : fd;
+}
+
+static void fake_mark(int set)
+{
+    struct epoll_event event = {0};
+    epoll_ctl(set, EPOLL_CTL_ADD, fake_marker, &event);
+}
+
+__attribute__((constructor)) static void fake_set_up(void)
+{
+    fake_marker = fake_move_up(eventfd(0, EFD_CLOEXEC));
+    fake_witness = fake_move_up(epoll_create1(EPOLL_CLOEXEC));
+    fake_mark(fake_witness);
+}
+
+/* The errno for adding a number to a set: 0 if its file is not in it yet. */
+static int fake_enter(int set, int fd)
+{
+    struct epoll_event event = {0};
+    return epoll_ctl(set, EPOLL_CTL_ADD, fd, &event) < 0 ? errno : 0;
+}
+
+static void fake_leave(int fd)
+{
+    struct epoll_event event = {0};
+    if (epoll_ctl(fake_witness, EPOLL_CTL_DEL, fd, &event) < 0)
+        fake_stale = 1;
+}
+
+/* Whether the number still is the file that it was when the knote was made. */
+static int fake_is_same(const struct fake_knote *note)
+{
+    struct stat st;
+    int error = fake_enter(fake_witness, note->fd);
+    if (error == 0)
+        fake_leave(note->fd);
+    if (note->witnessed)
+        return error == EEXIST;
+    return error != 0 && error != EEXIST && fstat(note->fd, &st) == 0 &&
+           st.st_dev == note->st.st_dev && st.st_ino == note->st.st_ino;
+}
+
+static int fake_has_filter(const struct fake_knote *note)
+{
+    return note->filters[0].present || note->filters[1].present;
+}
+
+static void fake_lose(struct fake_knote *note)
+{
+    memset(note->filters, 0, sizeof note->filters);
+    if (note->witnessed)
+        fake_stale = 1;
+}
+
+/* Make a witness of what the knotes are for and nothing else. */
+static void fake_renew_witness(void)
+{
+    struct fake_kq *kq;
+    int i, fresh = fake_is_queue(fake_witness) ? epoll_create1(EPOLL_CLOEXEC) : -1;
+    if (fresh < 0)
+        return;
+    for (kq = fake_kqs; kq != NULL; kq = kq->next)
+        for (i = 0; i < kq->count; i++) {
+            struct fake_knote *note = &kq->notes[i];
+            if (fake_has_filter(note) && !fake_is_same(note))
+                fake_lose(note);
+            if (fake_has_filter(note) && note->witnessed)
+                fake_enter(fresh, note->fd);
+        }
+    fake_mark(fresh);
+    dup3(fresh, fake_witness, O_CLOEXEC);
+    close(fresh);
+    fake_stale = 0;
+}
+
+static int fake_is_open(const struct fake_knote *note)
+{
+    return fake_has_filter(note) && fake_is_same(note);
+}
+
+/* No filter is left of a knote: the witness forgets its file, unless it is watched
+   by another queue. */
+static void fake_forget(const struct fake_knote *gone)
+{
+    struct fake_kq *kq;
+    int i;
+    if (!gone->witnessed || fake_stale)
+        return;
+    for (kq = fake_kqs; kq != NULL; kq = kq->next)
+        for (i = 0; i < kq->count; i++)
+            if (kq->notes[i].fd == gone->fd && fake_has_filter(&kq->notes[i]))
+                return;
+    fake_leave(gone->fd);
+}
+
+/* A number is to be watched: what was known of another file on it is void. */
+static void fake_meet(struct fake_knote *note, const struct stat *st)
+{
+    struct fake_kq *kq;
+    int i, error = fake_enter(fake_witness, note->fd);
+    if (error != EEXIST)
+        for (kq = fake_kqs; kq != NULL; kq = kq->next)
+            for (i = 0; i < kq->count; i++)
+                if (kq->notes[i].fd == note->fd && kq->notes[i].witnessed)
+                    fake_lose(&kq->notes[i]);
+    note->witnessed = error == 0 || error == EEXIST;
+    note->st = *st;
 }
 
 static void fake_before_fork(void) { pthread_mutex_lock(&fake_kq_lock); }
@@ -136,6 +251,7 @@ static void fake_in_child(void)
         free(kq->notes);
         free(kq);
     }
+    fake_renew_witness(); /* this one is the parent's */
     pthread_mutex_unlock(&fake_kq_lock);
 }
 
@@ -151,8 +267,10 @@ static int kqueue(void)
         free(fresh);
         return -1;
     }
-    epoll_ctl(fresh->fd, EPOLL_CTL_ADD, fake_marker, &(struct epoll_event){0});
     pthread_mutex_lock(&fake_kq_lock);
+    if (!fake_is_queue(fake_witness))
+        fake_set_up(); /* somebody has closed all there was */
+    fake_mark(fresh->fd);
     if (!fork_handled) {
         pthread_atfork(fake_before_fork, fake_after_fork, fake_in_child);
         fork_handled = 1;
@@ -160,6 +278,7 @@ static int kqueue(void)
     for (link = &fake_kqs; (kq = *link) != NULL;) {
         if (kq->fd == fresh->fd || !fake_is_queue(kq->fd)) {
             *link = kq->next;
+            fake_stale |= kq->count > 0;
             free(kq->notes);
             free(kq);
         } else {
@@ -175,7 +294,6 @@ static int kqueue(void)
 static struct fake_kq *fake_find_kq(int fd)
 {
     struct fake_kq *kq, *moved = NULL;
-    pthread_mutex_lock(&fake_kq_lock);
     for (kq = fake_kqs; kq != NULL && kq->fd != fd; kq = kq->next)
         if (moved == NULL && !fake_is_queue(kq->fd))
             moved = kq;
@@ -183,7 +301,6 @@ static struct fake_kq *fake_find_kq(int fd)
         kq = moved;
         kq->fd = fd;
     }
-    pthread_mutex_unlock(&fake_kq_lock);
     return kq != NULL && fake_is_queue(fd) ? kq : NULL;
 }
 
@@ -204,6 +321,8 @@ static void fake_drop_filter(struct fake_kq *kq, struct fake_knote *note, int wh
 {
     memset(&note->filters[which], 0, sizeof note->filters[which]);
     fake_mirror(kq, note);
+    if (!fake_has_filter(note))
+        fake_forget(note);
 }
 
 static struct fake_knote *fake_find_note(struct fake_kq *kq, int fd)
@@ -238,11 +357,13 @@ static void fake_sweep(struct fake_kq *kq)
     int i;
     for (i = 0; i < kq->count;) {
         struct fake_knote *note = &kq->notes[i];
-        if ((note->filters[0].present || note->filters[1].present) &&
-            fake_is_open(note->fd, &note->st))
+        if (fake_is_open(note)) {
             i++;
-        else
+        } else {
+            if (fake_has_filter(note))
+                fake_lose(note);
             *note = kq->notes[--kq->count];
+        }
     }
 }
 
@@ -256,16 +377,12 @@ static int fake_change(struct fake_kq *kq, const struct kevent *change)
         change->flags & EV_CLEAR)
         return EINVAL;
     note = fake_find_note(kq, fd);
-    if (fstat(fd, &st) < 0) {
-        if (note != NULL) /* the same file may come back on this number */
-            memset(note->filters, 0, sizeof note->filters);
+    if (note != NULL && !fake_is_open(note) && fake_has_filter(note))
+        fake_lose(note);
+    if (fstat(fd, &st) < 0)
         return EBADF;
-    }
     if (fd == kq->fd)
         return EINVAL;
-    if (note != NULL &&
-        (note->st.st_dev != st.st_dev || note->st.st_ino != st.st_ino))
-        memset(note->filters, 0, sizeof note->filters);
     if (change->flags & EV_ADD && fake_kqueue_fault[0] > 0 &&
         --fake_kqueue_fault[0] == 0)
         return fake_kqueue_fault[1];
@@ -278,19 +395,23 @@ static int fake_change(struct fake_kq *kq, const struct kevent *change)
         return ENOENT;
     filter = &note->filters[-1 - change->filter];
     if (change->flags & EV_ADD) {
-        note->st = st;
-        filter->present = filter->enabled = 1;
+        if (!fake_has_filter(note))
+            fake_meet(note, &st);
+        if (!filter->present)
+            filter->present = filter->enabled = 1;
         filter->oneshot = (change->flags & EV_ONESHOT) != 0;
         filter->udata = change->udata;
     }
     if (!filter->present)
         return ENOENT;
-    if (change->flags & EV_ENABLE)
-        filter->enabled = 1;
+    if (change->flags & EV_DELETE) {
+        fake_drop_filter(kq, note, -1 - change->filter);
+        return 0;
+    }
     if (change->flags & EV_DISABLE)
         filter->enabled = 0;
-    if (change->flags & EV_DELETE)
-        memset(filter, 0, sizeof *filter);
+    if (change->flags & EV_ENABLE)
+        filter->enabled = 1;
     fake_mirror(kq, note);
     return 0;
 }
@@ -331,17 +452,18 @@ static int fake_ready(const struct fake_knote *note, int which, short revents,
     return 1;
 }
 
-static int fake_collect(struct fake_kq *kq, const struct pollfd *polled,
+static int fake_collect(struct fake_kq *kq, const struct pollfd *polled, int npolled,
                         struct kevent *events, int nevents)
 {
-    int k, n = 0, count = 2 * kq->count, first = count ? kq->turn % count : 0;
+    int count = 2 * (npolled < kq->count ? npolled : kq->count);
+    int k, n = 0, first = count ? kq->turn % count : 0;
     kq->turn = 0;
     for (k = 0; k < count; k++) {
         int turn = (first + k) % count, i = turn / 2, which = turn % 2;
         struct fake_knote *note = &kq->notes[i];
         struct kevent event;
-        if (polled[i].revents & POLLNVAL || !fake_is_open(note->fd, &note->st) ||
-            !fake_ready(note, which, polled[i].revents, &event))
+        if (polled[i].fd != note->fd || polled[i].revents & POLLNVAL ||
+            !fake_is_open(note) || !fake_ready(note, which, polled[i].revents, &event))
             continue;
         if (n == nevents) {
             kq->turn = turn;
@@ -354,12 +476,83 @@ static int fake_collect(struct fake_kq *kq, const struct pollfd *polled,
     return n;
 }
 
-static int kevent(int fd, const struct kevent *changes, int nchanges,
-                  struct kevent *events, int nevents,
-                  const struct timespec *timeout)
+/* What each knote waits for; with room for another. */
+static struct pollfd *fake_pollfds(const struct fake_kq *kq)
+{
+    struct pollfd *polled = calloc((size_t)kq->count + 1, sizeof *polled);
+    int i;
+    for (i = 0; polled != NULL && i < kq->count; i++) {
+        const struct fake_filter *filters = kq->notes[i].filters;
+        polled[i].fd = -1;
+        if (filters[0].enabled || filters[1].enabled)
+            polled[i].fd = kq->notes[i].fd;
+        if (filters[0].enabled)
+            polled[i].events |= POLLIN | POLLRDHUP;
+        if (filters[1].enabled)
+            polled[i].events |= POLLOUT;
+    }
+    return polled;
+}
+
+static int fake_wait(struct fake_kq *kq, struct kevent *events, int nevents,
+                     const struct timespec *timeout)
+{
+    int fd = kq->fd;
+    struct timespec left = {0, 0}, now, end = {0, 0};
+    if (timeout != NULL) {
+        clock_gettime(CLOCK_MONOTONIC, &end);
+        end.tv_sec += timeout->tv_sec;
+        end.tv_nsec += timeout->tv_nsec;
+        if (end.tv_nsec >= 1000000000) {
+            end.tv_sec++;
+            end.tv_nsec -= 1000000000;
+        }
+        left = *timeout;
+    }
+    for (;;) {
+        struct pollfd *polled;
+        int rc, saved, n = 0, count;
+        fake_sweep(kq);
+        polled = fake_pollfds(kq);
+        if (polled == NULL)
+            return -1;
+        count = kq->count;
+        if (fake_stale)
+            fake_renew_witness();
+        pthread_mutex_unlock(&fake_kq_lock);
+        rc = ppoll(polled, (nfds_t)count, timeout ? &left : NULL, NULL);
+        saved = errno;
+        pthread_mutex_lock(&fake_kq_lock);
+        if (fake_find_kq(fd) != kq) {
+            rc = -1;
+            saved = EBADF;
+        }
+        if (rc > 0)
+            n = fake_collect(kq, polled, count, events, nevents);
+        free(polled);
+        errno = saved;
+        if (rc <= 0 || n > 0)
+            return rc < 0 ? -1 : n;
+        /* All that was ready has been closed meanwhile: wait for the rest. */
+        if (timeout != NULL) {
+            clock_gettime(CLOCK_MONOTONIC, &now);
+            left.tv_sec = end.tv_sec - now.tv_sec;
+            left.tv_nsec = end.tv_nsec - now.tv_nsec;
+            if (left.tv_nsec < 0) {
+                left.tv_sec--;
+                left.tv_nsec += 1000000000;
+            }
+            if (left.tv_sec < 0)
+                return 0;
+        }
+    }
+}
+
+static int fake_kevent(int fd, const struct kevent *changes, int nchanges,
+                       struct kevent *events, int nevents,
+                       const struct timespec *timeout)
 {
     struct fake_kq *kq = fake_find_kq(fd);
-    struct timespec left = {0, 0}, now, end = {0, 0};
     int i, n = 0;
     if (kq == NULL) {
         errno = EBADF;
@@ -385,55 +578,23 @@ static int kevent(int fd, const struct kevent *changes, int nchanges,
     }
     if (n > 0 || nevents == 0)
         return n;
+    return fake_wait(kq, events, nevents, timeout);
+}
 
-    if (timeout != NULL) {
-        clock_gettime(CLOCK_MONOTONIC, &end);
-        end.tv_sec += timeout->tv_sec;
-        end.tv_nsec += timeout->tv_nsec;
-        if (end.tv_nsec >= 1000000000) {
-            end.tv_sec++;
-            end.tv_nsec -= 1000000000;
-        }
-        left = *timeout;
-    }
-    for (;;) {
-        struct pollfd *polled;
-        int rc, saved;
-        fake_sweep(kq);
-        polled = calloc((size_t)kq->count + 1, sizeof *polled);
-        if (polled == NULL)
-            return -1;
-        for (i = 0; i < kq->count; i++) {
-            const struct fake_filter *filters = kq->notes[i].filters;
-            polled[i].fd = -1;
-            if (filters[0].enabled || filters[1].enabled)
-                polled[i].fd = kq->notes[i].fd;
-            if (filters[0].enabled)
-                polled[i].events |= POLLIN | POLLRDHUP;
-            if (filters[1].enabled)
-                polled[i].events |= POLLOUT;
-        }
-        rc = ppoll(polled, (nfds_t)kq->count, timeout ? &left : NULL, NULL);
-        saved = errno;
-        if (rc > 0)
-            n = fake_collect(kq, polled, events, nevents);
-        free(polled);
-        errno = saved;
-        if (rc <= 0 || n > 0)
-            return rc < 0 ? -1 : n;
-        /* All that was ready has been closed meanwhile: wait for the rest. */
-        if (timeout != NULL) {
-            clock_gettime(CLOCK_MONOTONIC, &now);
-            left.tv_sec = end.tv_sec - now.tv_sec;
-            left.tv_nsec = end.tv_nsec - now.tv_nsec;
-            if (left.tv_nsec < 0) {
-                left.tv_sec--;
-                left.tv_nsec += 1000000000;
-            }
-            if (left.tv_sec < 0)
-                return 0;
-        }
-    }
+/* Other threads may use other queues meanwhile, and this one while it waits. */
+static int kevent(int fd, const struct kevent *changes, int nchanges,
+                  struct kevent *events, int nevents,
+                  const struct timespec *timeout)
+{
+    int rc, saved;
+    pthread_mutex_lock(&fake_kq_lock);
+    rc = fake_kevent(fd, changes, nchanges, events, nevents, timeout);
+    saved = errno;
+    if (fake_stale)
+        fake_renew_witness();
+    pthread_mutex_unlock(&fake_kq_lock);
+    errno = saved;
+    return rc;
 }
 
 #endif
