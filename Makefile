@@ -7,7 +7,8 @@
 # make leaks   reference counts on a debug interpreter (tests/leaks.py)
 # make clean   removes all that the others made
 #
-# PYTHON=python3.12 VENV=.venv-3.12 chooses another interpreter, ARGS= goes to pytest.
+# PYTHON=python3.12 VENV=.venv-3.12 chooses another interpreter, ARGS= goes to pytest;
+# IOLOOP_DEBUG=1 VENV=.venv-debug tests a build that checks itself (see setup.py).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -63,7 +64,7 @@ leaks: $(VENV)/tools
 	    mkdir -p build/leaks && $(BIN)/cython -o build/leaks/ioloop.c ioloop.pyx && \
 	    gcc -shared -fPIC -O1 -g -fvisibility=hidden -w -I$$($(DEBUG_PYTHON) -c \
 	        'import sysconfig; print(sysconfig.get_path("include"))') \
-	        build/leaks/ioloop.c -o build/leaks/ioloop.so -lrt && \
+	        build/leaks/ioloop.c -o build/leaks/ioloop.so && \
 	    PYTHONPATH=build/leaks $(DEBUG_PYTHON) tests/leaks.py; \
 	fi
 

@@ -36,8 +36,8 @@
 # thread while it runs.  A callback is called with the GIL held and raises
 # Python exceptions as usual (`except -1`): they reach
 # `IOLoop.handle_callback_exception` with the owner as its argument, or None for
-# a queued callback; EPIPE from a handler is ignored.  A handler that raised
-# stays registered.  `arg` lives as long as its owner: with None for an owner the
+# a queued callback; EPIPE from a handler whose own peer has gone is ignored.  A
+# handler that raised stays registered.  `arg` lives as long as its owner: with None for an owner the
 # client answers for it.  An owner that holds its timer is a cycle: drop the
 # timer when it is done.
 
@@ -56,6 +56,7 @@ ctypedef void ioloop_door_v1
 
 # -- fd events.  `owner` is kept alive while the handler is registered: give
 #    the object that `arg` points into, or None.  Errors as in add_handler().
+#    After close() there is nothing to remove or to stop, and that is no error.
 cdef int c_add_handler(object loop, int fd, uint32_t events,
                        ioloop_handler_v1 function, void *arg,
                        object owner) except -1
@@ -72,9 +73,9 @@ cdef int c_stop_timer(object timer) except -1
 
 # -- the callback queue.  The first needs the GIL and may be called from any
 #    thread; `arg` must stay valid until the callback has run or the loop is
-#    closed.  `c_post` needs no GIL at all: it answers 0, or an errno (ENOMEM,
+#    closed.  `c_post` needs no GIL at all: it returns 0, or an errno (ENOMEM,
 #    ESHUTDOWN after close(), EINVAL for NULL).  A door is valid while the loop
-#    object lives.
+#    object lives.  A fork waits for a post that is under way.
 cdef int c_add_callback(object loop, ioloop_callback_v1 function,
                         void *arg) except -1
 cdef ioloop_door_v1 *c_door(object loop) except NULL

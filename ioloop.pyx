@@ -30,8 +30,9 @@ Threads: a loop belongs to the thread that runs it.  `add_callback`,
 `running`, `stats` and `fileno` may be called from any thread; every other
 method raises RuntimeError when another thread runs the loop.
 
-Signals: Python's signal handlers run between the steps, in the main thread,
-at once, also when the loop sleeps.  They may call `add_callback` and `stop`.
+Signals: Python's signal handlers run between the steps, in the main thread, at
+once, also when the loop sleeps.  They may call `add_callback` and `stop`.  While
+the loop runs there, it is the signal wakeup fd, and serves the one before.
 """
 
 # The C modules behind `functools`, `signal`, `threading` and `weakref`: those take
@@ -39,7 +40,7 @@ at once, also when the loop sleeps.  They may call `add_callback` and `stop`.
 import os
 import sys
 from _functools import partial
-from _thread import _local, allocate_lock, get_ident
+from _thread import _local
 from _weakref import ref
 import _signal
 
@@ -55,24 +56,21 @@ from libc.stdint cimport (
     INT64_MAX, INT64_MIN, UINT64_MAX, int64_t, uint32_t, uint64_t, uintptr_t)
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memset
-from posix.fcntl cimport (
-    F_DUPFD_CLOEXEC, F_GETFD, F_SETFD, FD_CLOEXEC, O_CLOEXEC, fcntl)
-from posix.select cimport (
-    FD_CLR, FD_ISSET, FD_SET, FD_SETSIZE, FD_ZERO, fd_set, pselect)
+from posix.fcntl cimport F_DUPFD_CLOEXEC, F_GETFD, F_SETFD, FD_CLOEXEC, fcntl
+from posix.select cimport FD_CLR, FD_ISSET, FD_SET, FD_SETSIZE, fd_set, pselect
 from posix.signal cimport (
-    SA_ONSTACK, SA_RESTART, SA_SIGINFO, SIG_SETMASK, sigaction, sigaction_t,
-    sigemptyset, sigfillset, siginfo_t)
+    SIG_UNBLOCK, sigaction, sigaction_t, sigaddset, sigemptyset)
 from posix.types cimport sigset_t
 from posix.stat cimport S_ISDIR, S_ISREG, fstat, struct_stat
-from posix.time cimport (
-    CLOCK_MONOTONIC, CLOCK_REALTIME, ITIMER_REAL, clock_gettime, itimerval,
-    setitimer, timespec)
+from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 from posix.unistd cimport close, read, write
 
 # Cython lets a vendored copy have this name too, if nobody has it yet.
-if __name__ != "ioloop" and "ioloop" in sys.modules:
-    if vars(sys.modules["ioloop"]) is globals():
+if __name__ != "ioloop":
+    _twin = sys.modules.get("ioloop")
+    if type(_twin) is type(sys) and vars(_twin) is globals():
         del sys.modules["ioloop"]
+    del _twin
 
 __version__ = "0.1.0"
 __all__ = ["IOLoop", "PeriodicCallback", "TimeoutError"]
@@ -90,12 +88,12 @@ cdef extern from *:
     r"""
     #include <errno.h>
     #include <fcntl.h>
+    #include <poll.h>
     #include <pthread.h>
     #include <signal.h>
     #include <stdint.h>
     #include <stdlib.h>
     #include <string.h>
-    #include <sys/time.h>
     #include <time.h>
     #include <unistd.h>
 
@@ -107,34 +105,28 @@ cdef extern from *:
     #if defined(__linux__)
     #  include <sys/epoll.h>
     #  define IOLOOP_HAVE_EPOLL 1
-    #  define ioloop_dup3 dup3
     #  if !defined(__GLIBC__) || !__GLIBC_PREREQ(2, 35)
     #    include <sys/syscall.h>
     #    ifndef SYS_epoll_pwait2
     #      define SYS_epoll_pwait2 441
     #    endif
-    static int ioloop_epoll_pwait2(int ep, struct epoll_event *events, int n,
-                                   const struct timespec *timeout,
-                                   const sigset_t *mask) {
-        return (int)syscall(SYS_epoll_pwait2, ep, events, n, timeout, mask, 8);
-    }
+    #    define ioloop_epoll_wait_ns(ep, events, n, timeout) \
+            (int)syscall(SYS_epoll_pwait2, ep, events, n, timeout, NULL, 8)
     #  else
-    #    define ioloop_epoll_pwait2 epoll_pwait2
+    #    define ioloop_epoll_wait_ns(ep, events, n, timeout) \
+            epoll_pwait2(ep, events, n, timeout, NULL)
     #  endif
     #else
     #  define IOLOOP_HAVE_EPOLL 0
     typedef union { void *ptr; int fd; uint32_t u32; uint64_t u64; } epoll_data_t;
     struct epoll_event { uint32_t events; epoll_data_t data; };
     enum { EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_MOD, EPOLL_CTL_DEL };
-    #  define ioloop_dup3(from, to, flags) ((void)(from), (void)(to), (void)(flags), -1)
     #  define epoll_create1(flags) ((void)(flags), errno = ENOSYS, -1)
     #  define epoll_ctl(ep, op, fd, ev) \
         ((void)(ep), (void)(op), (void)(fd), (void)(ev), errno = ENOSYS, -1)
     #  define epoll_wait(ep, ev, n, ms) \
         ((void)(ep), (void)(ev), (void)(n), (void)(ms), errno = ENOSYS, -1)
-    #  define epoll_pwait(ep, ev, n, ms, mask) \
-        ((void)(mask), epoll_wait(ep, ev, n, ms))
-    #  define ioloop_epoll_pwait2(ep, ev, n, ts, mask) \
+    #  define ioloop_epoll_wait_ns(ep, ev, n, ts) \
         ((void)(ep), (void)(ev), (void)(n), (void)(ts), errno = ENOSYS, -1)
     #endif
 
@@ -152,7 +144,7 @@ cdef extern from *:
     struct kevent { uintptr_t ident; short filter; unsigned short flags;
                     unsigned fflags; intptr_t data; void *udata; };
     enum { EVFILT_READ = -1, EVFILT_WRITE = -2, EV_ADD = 1, EV_DELETE = 2,
-           EV_ENABLE = 4, EV_RECEIPT = 64, EV_ERROR = 0x4000, EV_EOF = 0x8000 };
+           EV_ENABLE = 4, EV_DISABLE = 8, EV_ERROR = 0x4000, EV_EOF = 0x8000 };
     #  define kqueue() (errno = ENOSYS, -1)
     #  define kevent(kq, c, nc, e, ne, ts) \
         ((void)(kq), (void)(c), (void)(nc), (void)(e), (void)(ne), (void)(ts), \
@@ -183,58 +175,12 @@ cdef extern from *:
     #  define IOLOOP_CLOCK_COARSE CLOCK_MONOTONIC
     #endif
 
-    /* A POSIX timer that signals the calling thread: its signal carries a
-       pointer, is gone for good once the timer is deleted, and survives neither
-       fork nor exec. */
-    #if defined(__linux__)
-    #  define IOLOOP_HAVE_ALARM 1
-    #  include <sys/syscall.h>
-    #  ifndef sigev_notify_thread_id
-    #    define sigev_notify_thread_id _sigev_un._tid
-    #  endif
-    static int ioloop_alarm_open(timer_t *timer, void *cookie) {
-        struct sigevent event;
-        memset(&event, 0, sizeof(event));
-        event.sigev_notify = SIGEV_THREAD_ID;
-        event.sigev_signo = SIGALRM;
-        event.sigev_value.sival_ptr = cookie;
-        event.sigev_notify_thread_id = (int)syscall(SYS_gettid);
-        return timer_create(CLOCK_MONOTONIC, &event, timer);
-    }
-    static int ioloop_alarm_set(timer_t timer, int64_t ns) {
-        struct itimerspec spec;
-        memset(&spec, 0, sizeof(spec));
-        spec.it_value.tv_sec = (time_t)(ns / 1000000000);
-        spec.it_value.tv_nsec = (long)(ns % 1000000000);
-        return timer_settime(timer, 0, &spec, NULL);
-    }
-    #else
-    #  define IOLOOP_HAVE_ALARM 0
-    #  define timer_t int
-    #  define SI_TIMER (-2)
-    #  define ioloop_alarm_open(timer, cookie) \
-        ((void)(timer), (void)(cookie), errno = ENOSYS, -1)
-    #  define ioloop_alarm_set(timer, ns) ((void)(timer), (void)(ns), -1)
-    #  define timer_delete(timer) (-1)
-    #endif
-
-    /* Memory shared with threads that do not hold the GIL.  Who stores one thing
-       and then loads another, where a second thread does the reverse, puts a
-       fence between.  The `gil_` ones are for what the GIL orders where there
-       is one. */
+    /* Memory shared with threads that do not hold the GIL.  A store followed by a load
+       needs a fence between, where another thread does the opposite. */
     #define ioloop_load(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
     #define ioloop_store(p, value) __atomic_store_n(p, value, __ATOMIC_RELEASE)
     #define ioloop_swap(p, value) __atomic_exchange_n(p, value, __ATOMIC_SEQ_CST)
     #define ioloop_fence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
-    #ifdef Py_GIL_DISABLED
-    #  define ioloop_gil_fence() ioloop_fence()
-    #  define ioloop_gil_lock(lock) pthread_mutex_lock(lock)
-    #  define ioloop_gil_unlock(lock) pthread_mutex_unlock(lock)
-    #else
-    #  define ioloop_gil_fence() __atomic_signal_fence(__ATOMIC_SEQ_CST)
-    #  define ioloop_gil_lock(lock) ((void)(lock))
-    #  define ioloop_gil_unlock(lock) ((void)(lock))
-    #endif
 
     /* A list used as an array of references that the garbage collector sees.
        `peek` borrows, `place` moves a reference in over one that moved away,
@@ -295,10 +241,8 @@ cdef extern from *:
         (Py_REFCNT(context) == 1 && ioloop_context_size(context) == 0)
 
     /* Calls.  `args` is a tuple, `kwargs` a dict or None. */
-    static inline PyObject *ioloop_call_with(PyObject *function, PyObject *args,
-                                             PyObject *kwargs) {
-        return PyObject_Call(function, args, kwargs == Py_None ? NULL : kwargs);
-    }
+    #define ioloop_call_with(function, args, kwargs) \
+        PyObject_Call(function, args, (kwargs) == Py_None ? NULL : (kwargs))
     #ifdef Py_LIMITED_API
     #  define ioloop_call0(function) PyObject_CallObject(function, NULL)
     static inline PyObject *ioloop_call2(PyObject *function, PyObject *a, PyObject *b) {
@@ -359,7 +303,6 @@ cdef extern from *:
     """
     const bint HAVE_EPOLL "IOLOOP_HAVE_EPOLL"
     const bint HAVE_KQUEUE "IOLOOP_HAVE_KQUEUE"
-    const bint HAVE_ALARM "IOLOOP_HAVE_ALARM"
     const bint DEBUG "IOLOOP_DEBUG"
 
     union epoll_data_t:
@@ -369,21 +312,18 @@ cdef extern from *:
         epoll_data_t data
     enum: EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_MOD, EPOLL_CTL_DEL
     int epoll_create1(int flags) nogil
-    int dup3 "ioloop_dup3"(int from_, int to, int flags) nogil
     int epoll_ctl(int ep, int op, int fd, epoll_event *event) nogil
     int epoll_wait(int ep, epoll_event *events, int n, int ms) nogil
-    int epoll_pwait(int ep, epoll_event *events, int n, int ms,
-                    const sigset_t *mask) nogil
-    int epoll_pwait2 "ioloop_epoll_pwait2"(
-        int ep, epoll_event *events, int n, const timespec *timeout,
-        const sigset_t *mask) nogil
+    int epoll_wait_ns "ioloop_epoll_wait_ns"(
+        int ep, epoll_event *events, int n, const timespec *timeout) nogil
 
     struct kevent_t "kevent":
         uintptr_t ident
         short filter
         unsigned short flags
         void *udata
-    enum: EVFILT_READ, EVFILT_WRITE, EV_ADD, EV_DELETE, EV_ENABLE, EV_EOF, EV_ERROR
+    enum: EVFILT_READ, EVFILT_WRITE
+    enum: EV_ADD, EV_DELETE, EV_ENABLE, EV_DISABLE, EV_EOF, EV_ERROR
     int kqueue() nogil
     int kevent(int kq, const kevent_t *changes, int n, kevent_t *events, int m,
                const timespec *timeout) nogil
@@ -391,19 +331,12 @@ cdef extern from *:
     int open_pipe "ioloop_pipe"(int *fds) nogil
     enum: CLOCK_COARSE "IOLOOP_CLOCK_COARSE"
 
-    ctypedef void *alarm_t "timer_t"
-    enum: SI_TIMER, SIGALRM
-    int open_alarm "ioloop_alarm_open"(alarm_t *alarm, void *cookie) nogil
-    int set_alarm "ioloop_alarm_set"(alarm_t alarm, int64_t ns) nogil
-    int close_alarm "timer_delete"(alarm_t alarm) nogil
-
     int load "ioloop_load"(int *p) nogil
     uint64_t load64 "ioloop_load"(uint64_t *p) nogil
     void store "ioloop_store"(int *p, int value) nogil
     void store64 "ioloop_store"(uint64_t *p, uint64_t value) nogil
     int swap "ioloop_swap"(int *p, int value) nogil
     void fence "ioloop_fence"() nogil
-    void gil_fence "ioloop_gil_fence"() nogil
 
     PyObject *peek "ioloop_peek"(list slots, Py_ssize_t i)
     void place "ioloop_place"(list slots, Py_ssize_t i, PyObject *item)
@@ -428,13 +361,25 @@ cdef extern from *:
 
 cdef extern from "Python.h" nogil:
     unsigned long get_thread "PyThread_get_thread_ident"()
-    int PyErr_SetInterruptEx(int signum)
+    ctypedef void *PyThread_type_lock
+    PyThread_type_lock PyThread_allocate_lock()
+    void PyThread_free_lock(PyThread_type_lock)
+    int PyThread_acquire_lock_timed(PyThread_type_lock, long long us, int intr)
+    void PyThread_release_lock(PyThread_type_lock)
+
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events, revents
+    enum: POLLERR, POLLHUP
+    int poll_now "poll"(pollfd *files, unsigned int n, int ms)
 
 cdef extern from "<signal.h>" nogil:
+    enum: SIGALRM
     ctypedef void (*sighandler_t)(int)
-    int pthread_sigmask(int how, const sigset_t *new, sigset_t *old)
     sighandler_t SIG_DFL
     sighandler_t default_signal "signal"(int signum, sighandler_t handler)
+    int pthread_sigmask(int how, const sigset_t *new, sigset_t *old)
     int raise_signal "raise"(int signum)
 
 cdef extern from "Python.h":
@@ -454,8 +399,8 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_mutex_destroy(pthread_mutex_t *)
     int pthread_mutex_lock(pthread_mutex_t *)
     int pthread_mutex_unlock(pthread_mutex_t *)
-    void gil_lock "ioloop_gil_lock"(pthread_mutex_t *)
-    void gil_unlock "ioloop_gil_unlock"(pthread_mutex_t *)
+    int pthread_atfork(void (*before)() noexcept nogil, void (*parent)() noexcept nogil,
+                       void (*child)() noexcept nogil)
 
 
 # -- Small helpers -------------------------------------------------------------
@@ -468,9 +413,7 @@ cdef enum:
     ERROR = IOLOOP_ERROR
     ONESHOT = 1 << 30
     EDGE = 1 << 31
-
-cdef enum:
-    SECOND = 1000000000
+    SECOND = 1000000000     # in nanoseconds
     FOREVER = -1
 
 
@@ -523,7 +466,15 @@ cdef inline int64_t later(int64_t base, int64_t delay) noexcept nogil:
 cdef inline int require_callable(object callback) except -1:
     if not callable(callback):
         raise TypeError(f"a callable is required, not {type(callback).__name__}")
-    return 0
+
+
+cdef inline bint has(object thing, str name) except -1:
+    """Tell whether its class, not just the instance, has an attribute.
+
+    As asyncio does: a Mock has whatever it is asked for, and one with a `spec` has the
+    class that it stands for.
+    """
+    return hasattr(thing.__class__, name)
 
 
 cdef int fd_number(object fd) except -1:
@@ -566,8 +517,7 @@ cdef int above_stdio(int fd) except -1:
 
 
 def _log():
-    # logging takes longer to import than all the rest.
-    import logging
+    import logging  # which takes longer than all the rest
     return logging.getLogger("ioloop")
 
 
@@ -579,26 +529,6 @@ _threads = _local()
 _loops = {}  # weak references to all there are, by id
 
 
-def _remember(loop):
-    _loops[id(loop)] = ref(loop, partial(_loops.pop, id(loop)))
-
-
-def _after_fork_in_child():
-    put_aside = {}  # by running loops, one inside of the other: wakeup fds
-    for reference in list(_loops.values()):
-        loop = reference()
-        if loop is not None:
-            _orphan(loop, put_aside)
-    if put_aside:
-        fd = _signal.set_wakeup_fd(-1)
-        while fd in put_aside:
-            fd = put_aside.pop(fd)
-        _set_wakeup_fd(fd)
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
 @cython.internal
 cdef class _Referable:
     # Cython 3.3 can't give a type of the limited API both this and a __dict__.
@@ -606,19 +536,24 @@ cdef class _Referable:
 
 
 cdef class IOLoop(_Referable):
-    """IOLoop(impl=None, *, time_func=None)
+    """IOLoop(impl=None, *, time_func=None, make_current=None)
 
     A level-triggered event loop.
 
     `impl` is the poller: `_EPoll()`, `_KQueue()` or `_Select()`, by default the
     best that the platform has, or any object with `register(fd, events)`,
-    `modify(fd, events)`, `unregister(fd)` and `poll(seconds)`, which answers
-    pairs of fd and events; -1 seconds is for ever.  The loop closes it.
-    `time_func` answers the time in seconds; the loop's deadlines are on its
+    `modify(fd, events)`, `unregister(fd)` and `poll(seconds)`, which returns
+    pairs of fd and events; -1 seconds is for ever.  (Seconds: most pollers
+    of other packages count in milliseconds.)  The loop closes it.
+    `time_func` returns the time in seconds; the loop's deadlines are on its
     clock.  By default they are UNIX times, kept by the monotonic clock from the
     moment they are set, so that setting the system's clock moves none of them.
+    `make_current`: None makes the loop the thread's current one, until it is
+    dropped or closed, if there is none; True raises RuntimeError if there is one.
 
-    A loop is a context manager that closes itself.  Source: Tornado 1.2-2.0.
+    A loop is a context manager that closes itself.  Of what a subclass overrides
+    it calls only `handle_callback_exception` and `log_stack`.  Source: Tornado
+    1.2-2.0; `make_current`: 4.2.
     """
 
     cdef dict __dict__
@@ -627,12 +562,17 @@ cdef class IOLoop(_Referable):
     cdef _Table table
     cdef _Queue queue
     cdef _Timers timers
-    cdef _Watchdog watchdog
+    cdef _Watcher watcher       # of this run, if there is a threshold
+    cdef int64_t threshold      # of the watcher, in nanoseconds; 0 is none
+    cdef object action          # of the signal threshold
+    cdef bint by_signal         # it is one
     cdef object blank           # an empty context, for whatever captured none
     cdef object outer           # the current loop that start() put aside
     cdef unsigned long thread   # the one that runs the loop, or 0
-    cdef bint opened, forked, stopping, shared, embedded, in_main_thread
-    cdef int wakeup             # the signal wakeup fd that start() put aside
+    cdef bint opened, forked, stopping, shared, embedded
+    cdef bint has_wakeup_fd     # our pipe is the signal wakeup fd,
+    cdef int outer_wakeup       # in the place of this one, or -1
+    cdef int alarms             # SIGALRMs that the pipe told of, not handled yet
     cdef uint64_t polled        # callbacks run before the last poll among them
     cdef int held               # polls and events since the GIL was offered
     cdef bint eager             # the last poll found events at once
@@ -652,30 +592,34 @@ cdef class IOLoop(_Referable):
     _EPOLLONESHOT = 1 << 30
     _EPOLLET = 1 << 31
 
-    def __init__(self, impl=None, *, time_func=None):
+    def __init__(self, impl=None, *, time_func=None, make_current=None):
         if self.opened:
             raise RuntimeError("IOLoop is already initialised")
         if time_func is not None:
             require_callable(time_func)
+        if make_current and _current_loop() is not None:
+            raise RuntimeError("the thread has a current IOLoop already")
         queue = _Queue()
         impl = _poll() if impl is None else impl
-        poller = impl if type(impl) in (_EPoll, _KQueue, _Select) else _Foreign(impl)
+        poller = impl if _is_native(impl) else _Foreign(impl)
         if (<_Poller>poller).taken:
             raise ValueError("the poller is another IOLoop's")
         self.table = _Table()
-        self.timers = _Timers(time_func)
-        self.watchdog = _Watchdog()
+        self.timers = _Timers(queue, time_func)
         self.blank = new_context()
         self.poller = poller
         if self.poller.foreign:
             (<_Foreign>poller).table = self.table
         self.queue = queue
-        self.wakeup = NOT_OURS
         _add_doorbell(self)
         self._impl = impl
         self.poller.taken = True
-        _remember(self)
+        _loops[id(self)] = ref(self, partial(_loops.pop, id(self)))
         self.opened = True
+        if make_current:
+            _threads.loop = self
+        elif make_current is None and _current_loop() is None:
+            _threads.loop = ref(self)
 
     # Which loop
 
@@ -712,9 +656,11 @@ cdef class IOLoop(_Referable):
     def current(instance=True):
         """Return the loop that runs in this thread or was made its current one.
 
-        Without one, return `instance()`, or None where `instance` is false.
+        That is the first loop made in the thread, unless `make_current` said
+        otherwise.  Without one, return `instance()`, or None where `instance` is
+        false.  Source: Tornado 4.2.
         """
-        loop = getattr(_threads, "loop", None)
+        loop = _current_loop()
         return IOLoop.instance() if loop is None and instance else loop
 
     def make_current(self):
@@ -766,16 +712,20 @@ cdef class IOLoop(_Referable):
         _update_handler(self, number, mask)
 
     def remove_handler(self, fd):
-        """Forget `fd`, before it is closed; nothing if it has no handler.
+        """Forget `fd`, before it is closed; does nothing if it has no handler.
 
         Its handler is not called any more, not even for an event already
-        collected.  Loop thread only.
+        collected.  An object is found also when its `fileno()` fails, as that
+        of a closed file does.  Loop thread only.
         """
+        if _is_closed(self):
+            return
         _check_thread(self)
         cdef int number = _registered_number(self.table, fd)
-        _check_thread(self)
-        if number >= 0 and number != self.queue.door.reader:
-            _remove_handler(self, number)
+        if self.opened:  # still, after fileno()
+            _check_thread(self)
+            if number >= 0 and number != self.queue.door.reader:
+                _remove_handler(self, number)
 
     @staticmethod
     def split_fd(fd):
@@ -792,7 +742,7 @@ cdef class IOLoop(_Referable):
 
     # Callbacks
 
-    def add_callback(self, callback, /, *args, **kwargs):
+    def add_callback(self, callback, *args, **kwargs):
         """Call `callback(*args, **kwargs)` in the next iteration.
 
         In order of adding, in the context (`contextvars`) of this call.  What
@@ -806,11 +756,11 @@ cdef class IOLoop(_Referable):
         """
         _queue_call(self, callback, args or None, kwargs, capture_context())
 
-    def add_callback_from_signal(self, callback, /, *args, **kwargs):
+    def add_callback_from_signal(self, callback, *args, **kwargs):
         """As add_callback, which may be called from a signal handler too."""
         _queue_call(self, callback, args or None, kwargs, capture_context())
 
-    def spawn_callback(self, callback, /, *args, **kwargs):
+    def spawn_callback(self, callback, *args, **kwargs):
         """As add_callback, in an empty context.  Any thread."""
         _queue_call(self, callback, args or None, kwargs, None)
 
@@ -822,7 +772,7 @@ cdef class IOLoop(_Referable):
         """
         _check_open(self)
         require_callable(callback)
-        future.add_done_callback(_Relay(self, callback, capture_context()))
+        future.add_done_callback(partial(_relay, self, callback, capture_context()))
 
     # Timeouts
 
@@ -832,7 +782,7 @@ cdef class IOLoop(_Referable):
             return <double>_read_clock(CLOCK_REALTIME) / 1e9
         return self.timers.time_func()
 
-    def add_timeout(self, deadline, callback, /, *args, **kwargs):
+    def add_timeout(self, deadline, callback, *args, **kwargs):
         """Call `callback(*args, **kwargs)` at `deadline`; return its handle.
 
         `deadline` is a time in seconds on the clock of `time()` or a
@@ -843,11 +793,11 @@ cdef class IOLoop(_Referable):
         """
         return _time_call(self, deadline, _deadline, callback, args or None, kwargs)
 
-    def call_later(self, delay, callback, /, *args, **kwargs):
+    def call_later(self, delay, callback, *args, **kwargs):
         """As add_timeout, `delay` seconds from now.  Loop thread only."""
         return _time_call(self, delay, _delay, callback, args or None, kwargs)
 
-    def call_at(self, when, callback, /, *args, **kwargs):
+    def call_at(self, when, callback, *args, **kwargs):
         """As add_timeout, at `when` seconds on the clock of `time()`.
 
         Loop thread only.
@@ -855,11 +805,13 @@ cdef class IOLoop(_Referable):
         return _time_call(self, when, _deadline, callback, args or None, kwargs)
 
     def remove_timeout(self, timeout):
-        """Cancel a handle; nothing if it has run or was cancelled.
+        """Cancel a handle; does nothing if it has run or was cancelled.
 
         Raises TypeError for what is no handle, ValueError for another loop's.
         Loop thread only.
         """
+        if _is_closed(self):
+            return
         _check_thread(self)
         if not isinstance(timeout, _Timeout):
             raise TypeError(f"a handle of add_timeout, not {type(timeout).__name__}")
@@ -880,7 +832,12 @@ cdef class IOLoop(_Referable):
         _check_idle(self)
         try:
             if not self.stopping:
-                _run(self)
+                _enter(self)
+                try:
+                    while _iterate(self, INT64_MAX):
+                        pass
+                finally:
+                    _leave(self)
         finally:
             self.stopping = False
 
@@ -893,7 +850,6 @@ cdef class IOLoop(_Referable):
         cdef bint before = self.stopping
         _check_open(self)
         self.stopping = True
-        gil_fence()
         try:
             _wake(self.queue)
         except OSError:
@@ -950,15 +906,16 @@ cdef class IOLoop(_Referable):
         return None if wait == FOREVER else <double>wait / SECOND
 
     def fileno(self):
-        """Return the poller's file descriptor, readable when `run_once` is due.
+        """Return a file descriptor that is readable when `run_once` is due.
 
-        An outer epoll has to be told of it anew if the poller was rebuilt, which is
-        logged.  Raises io.UnsupportedOperation if the poller has none.  Any thread.
+        Or when `next_timeout()` has become less.  It stays the same until the loop is
+        closed.  Raises io.UnsupportedOperation if the poller has none.  Any thread.
         """
         _check_open(self)
         number = self.poller.fileno()
         self.embedded = True
-        _doze(self)
+        if self.thread == 0:
+            _doze(self)
         return number
 
     def close(self, all_fds=False):
@@ -967,20 +924,38 @@ cdef class IOLoop(_Referable):
         What is queued is dropped.  Does nothing the second time.  Raises
         RuntimeError while the loop runs.  Any thread.
         """
+        cdef _Timeout timeout  # kept alive while it is cancelled
+        cdef _Timers timers = self.timers
+        cdef _Queue queue = self.queue
         if not self.opened:
             return
         if self.thread != 0 and not self.forked:
             raise RuntimeError("a running IOLoop can't be closed")
-        cdef list files = _registered_files(self) if all_fds else []
+        cdef list files = _registrations(self) if all_fds else []
         self.opened = False
         if self.shared and _process.get("loop") is self:
             del _process["loop"]
         if getattr(_threads, "loop", None) is self:
             _threads.loop = None
+        _close_door(queue.door)
+        self.table.size = self.table.count = 0
+        self.table.handlers.clear()
+        timers.closed = True
+        _add_late(timers)
+        while timers.count:
+            timeout = <_Timeout>timers.heap[timers.count - 1].timeout
+            _cancel(timeout)
+        while queue.head != queue.tail:
+            queue.head += 1
+            take(queue.ring, <Py_ssize_t>((queue.head - 1) & queue.mask))
         try:
-            _shut(self)
+            self.poller.close()  # last, since that of a user may raise
         finally:
-            _close_files(self, files)
+            for _, handler in files:
+                try:
+                    _close_file((<_Handler>handler).file)
+                except Exception:
+                    _report(self, (<_Handler>handler).file)
 
     def reinit(self):
         """Make the loop usable in a forked child.
@@ -1016,7 +991,7 @@ cdef class IOLoop(_Referable):
         """Log the exception (`sys.exc_info()`) that `callback` raised.
 
         Called for callbacks, timeouts and handlers; override it in a subclass
-        or on the instance.  An exception that it raises itself goes to
+        or on the instance.  If it raises an exception itself, both go to
         `sys.unraisablehook`.  Called by the loop's thread.
         """
         _log().error("Exception in callback %r", callback, exc_info=True)
@@ -1024,35 +999,37 @@ cdef class IOLoop(_Referable):
     def set_blocking_signal_threshold(self, seconds, action):
         """Call `action(signal, frame)` when the loop blocks for over `seconds`.
 
-        By SIGALRM, within a quarter of the time more; an `action` of None lets
-        the signal kill the process, even when it is stuck in C code.  None for
-        `seconds` turns it off at once.  While `start()` runs, SIGALRM's handler
-        and the interval timer ITIMER_REAL are the loop's, and restored after.
-        From a quarter of the time on, a system call that signals interrupt may
-        return EINTR to C code.  Main thread only (RuntimeError).
+        By SIGALRM, within a quarter of the time more and once for each time that it
+        blocks; an `action` of None lets the signal kill the process, even when it
+        is stuck in C code.  None for `seconds` turns it off at once.  While the loop
+        runs, SIGALRM's handler is `action`.  A handler that the program had set
+        before gets every SIGALRM that is not the loop's own, and while a callback
+        has set one, the loop sends none.  Main thread only (RuntimeError).
         """
         _check_thread(self)
         if action is not None:
             require_callable(action)
-        _require_main_thread()
-        _set_watchdog(self, seconds, action, True)
+        import threading
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("SIGALRM can be handled in the main thread only")
+        _set_threshold(self, seconds, True, action)
 
     def set_blocking_log_threshold(self, seconds):
         """Log a stack trace when the loop blocks for over `seconds`.
 
-        By `log_stack`.  In the main thread by signal, elsewhere by a thread.
+        By `log_stack`, in the thread that watches; no signal is sent.  None turns it
+        off at once.  Loop thread only.
         """
         _check_thread(self)
-        _set_watchdog(self, seconds, self.log_stack, False)
+        _set_threshold(self, seconds, False, None)
 
     def log_stack(self, signal, frame):
-        """Log the stack of `frame`, as the action of a blocking threshold.
+        """Log the stack of `frame`, which blocks the loop.
 
-        Called in the main thread, by a signal, or by the thread that watches.
+        Called by the thread that watches; may serve as an action as well.
         """
         import traceback
-        threshold = 0 if self.watchdog is None else self.watchdog.threshold
-        _log().warning("IOLoop blocked for %f seconds in\n%s", threshold / 1e9,
+        _log().warning("IOLoop blocked for %f seconds in\n%s", self.threshold / 1e9,
                        "".join(traceback.format_stack(frame)))
 
     def stats(self):
@@ -1081,21 +1058,30 @@ cdef class IOLoop(_Referable):
     def _handlers(self):
         """A dict of the handlers by file descriptor, a copy."""
         _check_open(self)
-        return {fd: (<_Handler>handler).callback
-                for fd, handler in _registrations(self)}
+        return {fd: (<_Handler>item).callback for fd, item in _registrations(self)}
+
+
+cdef object _current_loop():
+    """The thread's loop, or None; one that is current for being the first may go."""
+    loop = getattr(_threads, "loop", None)
+    if type(loop) is ref:
+        loop = loop()
+    return loop if loop is not None and (<IOLoop>loop).opened else None
+
+
+cdef inline bint _is_closed(IOLoop loop) noexcept:
+    return not loop.opened and loop.poller is not None
 
 
 cdef inline int _check_open(IOLoop loop) except -1:
     if not loop.opened or loop.forked:
         _refuse(loop)
-    return 0
 
 
 cdef inline int _check_thread(IOLoop loop) except -1:
     if not loop.opened or loop.forked or (
             loop.thread != 0 and loop.thread != get_thread()):
         _refuse(loop)
-    return 0
 
 
 cdef int _refuse(IOLoop loop) except -1:
@@ -1115,18 +1101,6 @@ cdef int _check_idle(IOLoop loop) except -1:
         _refuse(loop)
     if loop.thread != 0:
         raise RuntimeError("IOLoop is already running")
-    return 0
-
-
-cdef int _run(IOLoop loop) except -1:
-    """Iterate until asked to stop."""
-    _enter(loop)
-    try:
-        while _iterate(loop, INT64_MAX):
-            pass
-    finally:
-        _leave(loop)
-    return 0
 
 
 cdef int _enter(IOLoop loop) except -1:
@@ -1136,84 +1110,27 @@ cdef int _enter(IOLoop loop) except -1:
         loop.outer = getattr(_threads, "loop", None)
         _threads.loop = loop
         _take_wakeup_fd(loop)
-        _start_watchdog(loop)
+        store(&loop.queue.door.asleep, 0)
+        _start_watcher(loop)
         loop.woken = monotonic()
     except BaseException:
         _leave(loop)
         raise
-    return 0
 
 
 cdef int _leave(IOLoop loop) except -1:
     """Give everything back that _enter took; the loop is restartable."""
     try:
         try:
-            _stop_watchdog(loop)
+            _stop_watcher(loop)
         finally:
-            _give_wakeup_fd(loop)
+            if loop.has_wakeup_fd:
+                _give_wakeup_fd(loop)
     finally:
         loop.thread = loop.timers.thread = 0
         _note_busy(loop, monotonic())
         _doze(loop)
         _threads.loop, loop.outer = loop.outer, None
-    return 0
-
-
-cdef int _shut(IOLoop loop) except -1:
-    """Close and drop everything."""
-    _close_door(loop.queue.door)
-    _clear_table(loop.table)
-    _clear_timers(loop.timers)
-    _clear_queue(loop.queue)
-    loop.poller.close()  # last, since that of a user may raise
-    return 0
-
-
-cdef int _orphan(IOLoop loop, dict put_aside) except -1:
-    """In a forked child: leave the parent's loop alone."""
-    # A thread that is gone may hold the lock.
-    pthread_mutex_init(&loop.queue.door.lock, NULL)
-    loop.forked = True
-    if loop.wakeup != NOT_OURS:
-        put_aside[loop.queue.door.writer] = loop.wakeup
-        loop.wakeup = NOT_OURS
-    _lose_watchdog(loop.watchdog)
-    return loop.poller.leave()
-
-
-cdef int _reinit(IOLoop loop) except -1:
-    """Replace what a child shares with its parent."""
-    if loop.poller.foreign:
-        (<_Foreign>loop.poller).reinit()
-    _forget(loop.table, loop.queue.door.reader)
-    _open_door(loop.queue.door)
-    # The child may have closed what it has handlers for: these numbers are ours now.
-    _forget(loop.table, loop.queue.door.reader)
-    _forget(loop.table, loop.queue.door.writer)
-    loop.poller.renew(loop.table)
-    _forget(loop.table, loop.poller.handle)
-    _add_doorbell(loop)
-    if loop.thread != 0 and loop.thread != get_thread():
-        _outlive_thread(loop)
-    loop.forked = False
-    if loop.thread != 0:
-        _take_wakeup_fd(loop)
-        _start_watchdog(loop)
-    return 0
-
-
-cdef int _outlive_thread(IOLoop loop) except -1:
-    """The thread that ran the loop is not in this child: end what it had begun."""
-    loop.thread = loop.timers.thread = 0
-    loop.outer = None
-    loop.timers.passing = False
-    _add_late(loop.timers)
-    # It may have been inside of a context, which nobody will leave now.
-    loop.blank = new_context()
-    for _, handler in _registrations(loop):
-        if (<_Handler>handler).context is not None:
-            (<_Handler>handler).context = (<_Handler>handler).context.copy()
-    return 0
 
 
 # -- The iteration -------------------------------------------------------------
@@ -1224,6 +1141,7 @@ cdef enum:
     # costs more than a short callback.
     CALLBACKS_PER_POLL = 64
 
+    BATCHES_PER_LOOK = 64   # one fd in so many batches is looked at
     SLACK = 50000           # nanoseconds, unless prctl() has set another
     LONGEST = 86400         # seconds to sleep; some kernels refuse years
 
@@ -1232,18 +1150,17 @@ cdef enum:
     EAGER = 5000            # nanoseconds that are at once
     SHARE = 64              # polls and events, after which the GIL is offered
 
-# Any Python function gives the GIL away to a thread that has waited for it for a
-# switch interval.  Releasing it would not do: whoever waits is woken, comes too late,
-# and waits for a whole interval anew.
+# Any Python function gives the GIL away to a thread that has waited for it for a switch
+# interval.  Just to release it doesn't help: the waiter wakes too late and waits again.
 _share = eval("lambda: None")
 
 
 cdef int _iterate(IOLoop loop, int64_t limit) except -1:
     """One iteration, waiting for at most `limit` ns; false if it was the last."""
     cdef int n
-    loop.iterations += 1
+    store64(&loop.iterations, loop.iterations + 1)
     store(&loop.queue.door.asleep, 0)
-    _note_progress(loop)
+    loop.alarms = 0
     _run_callbacks(loop)
     if loop.timers.count:
         _run_timeouts(loop)
@@ -1258,21 +1175,30 @@ cdef int _iterate(IOLoop loop, int64_t limit) except -1:
 
 
 cdef int _run_callbacks(IOLoop loop) except -1:
-    """Step 1: what was queued when the iteration began."""
+    """Step 1: what was queued when the iteration began, C's and Python's."""
     cdef _Queue queue = loop.queue
     cdef _Door *door = queue.door
-    cdef uint64_t last_post = load64(&door.tail), last = queue.tail
+    cdef uint64_t last_post = load64(&door.tail), last = queue.tail, next_call
+    cdef _Post post
     cdef object call
     while True:
-        if door.head < last_post and _run_post(
-                loop, door, queue.head if queue.head < last else UINT64_MAX):
-            continue
+        if door.head < last_post:
+            next_call = queue.head if queue.head < last else UINT64_MAX
+            pthread_mutex_lock(&door.lock)
+            post = door.posts[door.head & (door.capacity - 1)]
+            if post.after <= next_call:
+                store64(&door.head, door.head + 1)
+            pthread_mutex_unlock(&door.lock)
+            if post.after <= next_call:
+                try:
+                    post.function(loop, post.arg)
+                except Exception:
+                    _report(loop, None)
+                continue
         if queue.head >= last:
             return 0
-        gil_lock(&door.lock)
         call = take(queue.ring, <Py_ssize_t>(queue.head & queue.mask))
         queue.head += 1
-        gil_unlock(&door.lock)
         _invoke(loop, call)
 
 
@@ -1290,14 +1216,16 @@ cdef int _run_timeouts(IOLoop loop) except -1:
             call = _release(timers, _extract(timers, 0))
             timers.fired += 1
             if type(call) is _Timer:
-                _run_timer(loop, <_Timer>call)
+                try:
+                    (<_Timer>call).function(loop, (<_Timer>call).arg)
+                except Exception:
+                    _report(loop, (<_Timer>call).owner)
             else:
                 _invoke(loop, call)
             call = None  # whose destructor may cancel the next one
     finally:
         timers.passing = False
         _add_late(timers)
-    return 0
 
 
 cdef int64_t _time_to_wait(IOLoop loop, int64_t limit) except -2:
@@ -1311,7 +1239,8 @@ cdef int64_t _time_to_wait(IOLoop loop, int64_t limit) except -2:
 cdef int _poll_events(IOLoop loop, int64_t limit) except -1:
     """Step 4: the number of events now in the poller's array."""
     cdef _Poller poller = loop.poller
-    cdef int64_t wait = 0
+    cdef int64_t wait = 0, tick
+    cdef uint64_t ran
     cdef int n = 0
     _check_open(loop)  # a callback may have forked, and its child have closed it
     if poller.kept:
@@ -1319,11 +1248,16 @@ cdef int _poll_events(IOLoop loop, int64_t limit) except -1:
         return n
     if not _is_awake(loop):
         wait = _time_to_wait(loop, limit)
-    elif _may_skip_poll(loop):
-        return 0
-    loop.polls += 1
+    elif not poller.foreign:
+        ran, tick = _count_run(loop.queue), _read_clock(CLOCK_COARSE)
+        if ran - loop.polled < CALLBACKS_PER_POLL and tick == loop.tick:
+            return 0
+        loop.polled, loop.tick = ran, tick
+    store64(&loop.polls, loop.polls + 1)
     if wait == 0 or loop.eager:
-        _share_gil(loop)  # which may raise: nothing has been collected yet
+        if loop.held >= SHARE:
+            loop.held = 0
+            _share()  # which may raise: nothing has been collected yet
         n = poller.wait(0)
         loop.held += 1 + n
         loop.eager = n > 0 and not poller.foreign
@@ -1338,51 +1272,40 @@ cdef int _poll_events(IOLoop loop, int64_t limit) except -1:
     return n
 
 
-cdef bint _may_skip_poll(IOLoop loop) noexcept:
-    cdef int64_t tick
-    cdef uint64_t ran = _count_run(loop.queue)
-    if loop.poller.foreign:
-        return False
-    tick = _read_clock(CLOCK_COARSE)
-    if ran - loop.polled < CALLBACKS_PER_POLL and tick == loop.tick:
-        return True
-    loop.polled, loop.tick = ran, tick
-    return False
-
-
-cdef int _share_gil(IOLoop loop) except -1:
-    """Let other threads run now and then, should all that runs here be C."""
-    if loop.held >= SHARE:
-        loop.held = 0
-        _share()
-    return 0
-
-
 cdef int _sleep(IOLoop loop, int64_t wait) except -1:
     """Poll without the GIL, and keep the accounts of how long."""
     cdef int *asleep = &loop.queue.door.asleep
-    cdef int64_t before = monotonic(), left
-    cdef int n
+    cdef int64_t before = monotonic(), now = before, left = wait, slack
+    cdef bint native = not loop.poller.foreign
+    cdef int n = 0
     _note_busy(loop, before)
-    _note_idle(loop, True)
-    _shrink_ring(loop.queue)
+    _shrink_queue(loop.queue)
     # First the flag, then another look at the queue: whoever adds does it the
     # other way round, so one of the two sees the other.
     store(asleep, 1)
     fence()
     try:
-        n = _wait(loop, wait)
-        while loop.poller.interrupted:
-            # By a signal that may be nothing to us, as a look of the watchdog.
-            _check_signals(loop)
-            left = wait if wait == FOREVER else max(0, wait - monotonic() + before)
-            n = _wait(loop, left)
+        while True:
+            _check_signals(loop)  # those that came before the pipe told of them
+            if _keep_wakeup_fd(loop):
+                _check_signals(loop)  # and those that came while another one was set
+            # Linux sleeps longer by the thread's timer slack, or by 0.1 %.  Should it
+            # not, then the rest is slept in a second poll.
+            left = min(left, LONGEST * <int64_t>SECOND) if native else left
+            slack = max(SLACK, left // 1000) if HAVE_EPOLL and native else left
+            left = 0 if _is_awake(loop) else left - slack if left > slack else left
+            n = loop.poller.wait(left)
+            now = monotonic()
+            if not loop.poller.interrupted:
+                break
+            left = wait if wait == FOREVER else max(0, wait - (now - before))
     finally:
         store(asleep, 0)
-        _note_idle(loop, False)
-        loop.woken = monotonic()
-        loop.asleep += loop.woken - before
-    loop.eager = n > 0 and loop.woken - before < EAGER and not loop.poller.foreign
+        if loop.watcher is not None:
+            _unpark_watcher(loop.watcher)
+        loop.woken = now
+        loop.asleep += now - before
+    loop.eager = n > 0 and now - before < EAGER and native
     return n
 
 
@@ -1391,37 +1314,6 @@ cdef inline void _note_busy(IOLoop loop, int64_t now) noexcept:
     if loop.woken:
         loop.longest_busy = max(loop.longest_busy, now - loop.woken)
     loop.woken = 0
-
-
-cdef inline int64_t _less_slack(int64_t ns) noexcept:
-    """What to ask of Linux, to sleep for `ns`: it sleeps longer by the thread's timer
-    slack, or by 0.1 %.  Should it not, then the rest is slept in a second poll."""
-    cdef int64_t slack = max(SLACK, ns // 1000)
-    return ns - slack if HAVE_EPOLL and ns > slack else ns
-
-
-cdef int _wait(IOLoop loop, int64_t wait) except -1:
-    if not loop.poller.foreign:
-        wait = _less_slack(min(wait, LONGEST * <int64_t>SECOND))
-    if loop.in_main_thread and loop.wakeup == NOT_OURS:
-        _check_signals(loop)  # no byte in the doorbell tells of one
-        if loop.poller.maskable:
-            return _wait_masked(loop, wait)
-    return loop.poller.wait(0 if _is_awake(loop) else wait)
-
-
-cdef int _wait_masked(IOLoop loop, int64_t wait) except -1:
-    """Let no signal come but in the poll, which it interrupts."""
-    cdef sigset_t every
-    sigfillset(&every)
-    pthread_sigmask(SIG_SETMASK, &every, &loop.poller.mask)
-    loop.poller.masked = True
-    try:
-        _check_signals(loop)
-        return loop.poller.wait(0 if _is_awake(loop) else wait)
-    finally:
-        loop.poller.masked = False
-        pthread_sigmask(SIG_SETMASK, &loop.poller.mask, NULL)
 
 
 cdef inline int _check_signals(IOLoop loop) except -1:
@@ -1445,7 +1337,10 @@ cdef int _run_handlers(IOLoop loop, int n) except -1:
     cdef uint32_t events
     cdef bint stray = False
     cdef int i = 0
-    _look_after(loop, n)
+    if table.batch % BATCHES_PER_LOOK == 0:
+        # Now and then, see whether an fd that has events is still open.
+        ready = &poller.ready[(table.batch // BATCHES_PER_LOOK) % n]
+        stray = fcntl(ready.fd, F_GETFD) == -1 and _slot(table, ready.fd) != NULL
     loop.events += n
     try:
         while i < n:
@@ -1460,22 +1355,21 @@ cdef int _run_handlers(IOLoop loop, int n) except -1:
                 stray |= slot.ended != table.batch
                 continue
             events = ready.events & (slot.events | ERROR)
-            if not events or not slot.events:
+            if not events or not slot.events or slot.muted:
                 continue
+            slot.muted = slot.events & ONESHOT and poller.oneshot
             if slot.function != NULL:
                 _run_c_handler(loop, ready.fd, slot, events)
-            else:
-                handler = <_Handler>peek(table.handlers, ready.fd)
+                continue
+            handler = <_Handler>peek(table.handlers, ready.fd)
+            if handler.pending is None or not _pause_handler(loop, handler):
                 _run_handler(loop, handler, events)
-                handler = None  # whose destructor may remove the next one
+            handler = None  # whose destructor may remove the next one
     except BaseException:
         _keep_events(loop, i, n)
         raise
-    if stray:
+    if stray and loop.opened and not loop.forked:
         _renew_poller(loop)
-    # One that came after the poll may have had its ring at the door drained.
-    PyErr_CheckSignals()
-    return 0
 
 
 cdef int _run_handler(IOLoop loop, _Handler handler, uint32_t events) except -1:
@@ -1483,13 +1377,12 @@ cdef int _run_handler(IOLoop loop, _Handler handler, uint32_t events) except -1:
     cdef PyObject *context = _enter_context(loop, handler.context)
     try:
         _settle(loop, callback, call2(
-            <PyObject *>callback, <PyObject *>fd, <PyObject *>mask), True)
+            <PyObject *>callback, <PyObject *>fd, <PyObject *>mask), handler)
     finally:
         exit_context(context)
         if handler.context is None and not is_blank(context):
             # What a handler sets in its context is there when it is called again.
             handler.context, loop.blank = loop.blank, new_context()
-    return 0
 
 
 cdef int _run_c_handler(IOLoop loop, int fd, _Slot *slot, uint32_t events) except -1:
@@ -1498,9 +1391,8 @@ cdef int _run_c_handler(IOLoop loop, int fd, _Slot *slot, uint32_t events) excep
     try:
         slot.function(loop, fd, events, slot.arg)
     except Exception as error:
-        if not _is_broken_pipe(error):
+        if not _has_lost_peer(fd, error):
             _report(loop, owner)
-    return 0
 
 
 # Below: what the steps share.
@@ -1513,20 +1405,16 @@ cdef int _invoke(IOLoop loop, object call) except -1:
         callback, context = (<_Call>call).callback, (<_Call>call).context
     entered = _enter_context(loop, context)
     try:
-        _settle(loop, callback, _apply(call), False)
+        if type(call) is _Call:
+            _settle(loop, callback, call_with(
+                <PyObject *>callback, <PyObject *>(<_Call>call).args,
+                <PyObject *>(<_Call>call).kwargs), None)
+        else:
+            _settle(loop, callback, call0(<PyObject *>callback), None)
     finally:
         exit_context(entered)
         if context is None and not is_blank(entered):
             loop.blank = new_context()
-    return 0
-
-
-cdef inline PyObject *_apply(object call) noexcept:
-    """The result of a call, or NULL."""
-    if type(call) is not _Call:
-        return call0(<PyObject *>call)
-    return call_with(<PyObject *>(<_Call>call).callback, <PyObject *>(<_Call>call).args,
-                     <PyObject *>(<_Call>call).kwargs)
 
 
 cdef inline PyObject *_enter_context(IOLoop loop, object context) except NULL:
@@ -1536,74 +1424,77 @@ cdef inline PyObject *_enter_context(IOLoop loop, object context) except NULL:
 
 
 cdef inline int _settle(IOLoop loop, object callback, PyObject *result,
-                        bint is_handler) except -1:
-    """Deal with what a callable returned, or raised (NULL)."""
-    if result == NULL:
-        return _failed(loop, callback, is_handler)
+                        _Handler handler) except -1:
+    """Deal with what a callable, maybe a handler, returned, or raised (NULL)."""
+    if result == <PyObject *>None:
+        Py_XDECREF(result)  # the quick way
+    else:
+        _finish_call(loop, callback, result, handler)
+
+
+cdef int _finish_call(IOLoop loop, object callback, PyObject *result,
+                      _Handler handler) except -1:
+    """Report an exception; drive a coroutine to its end, as a future."""
+    cdef object future
     try:
-        if result != <PyObject *>None:
-            _returned(loop, callback, <object>result)
+        if result == NULL:
+            raise_pending()
+        future = _as_future(loop, <object>result)
+        if future is not None:
+            future.add_done_callback(partial(
+                _relay, loop, partial(_conclude, loop, callback, future, handler),
+                capture_context()))
+            if handler is not None:
+                handler.pending = future
+    except Exception as error:  # KeyboardInterrupt and its like leave start()
+        if handler is None or not _has_lost_peer(handler.number, error):
+            _report(loop, callback)
     finally:
         Py_XDECREF(result)
-    return 0
 
 
-cdef int _failed(IOLoop loop, object callback, bint is_handler) except -1:
-    """Report the exception that is set; what is no Exception goes on up."""
-    try:
-        raise_pending()
-    except Exception as error:
-        if not (is_handler and _is_broken_pipe(error)):
-            _report(loop, callback)
-    return 0
-
-
-cdef bint _is_broken_pipe(object error) except -1:
-    """Tell whether a handler found its peer gone, which it is told by an event too."""
-    return isinstance(error, OSError) and error.errno == EPIPE
+cdef bint _has_lost_peer(int fd, object error) except -1:
+    """Tell whether a handler's EPIPE is of its own fd, of which an event tells too."""
+    cdef pollfd query
+    if not isinstance(error, OSError) or error.errno != EPIPE:
+        return False
+    query.fd, query.events = fd, 0
+    return poll_now(&query, 1, 0) == 1 and query.revents & (POLLERR | POLLHUP)
 
 
 cdef int _report(IOLoop loop, object callback) except -1:
-    """Give the exception being handled to the hook, whose own go elsewhere."""
+    """Give the exception being handled to the hook, or both to sys.unraisablehook."""
+    cdef object error = sys.exc_info()[1], failure = None
     try:
         loop.handle_callback_exception(callback)
-    except Exception:
-        _unraisable(callback)
-    return 0
+    except Exception as raised:
+        failure = raised
+    if failure is not None:
+        _unraisable(callback, error)
+        _unraisable(callback, failure)
 
 
-cdef void _unraisable(object callback) noexcept:
-    """Hand the exception being handled to sys.unraisablehook."""
-    cdef object error = sys.exc_info()[1]
+cdef void _unraisable(object where, object error) noexcept:
     PyErr_SetObject(type(error), error)
-    PyErr_WriteUnraisable(callback)
+    PyErr_WriteUnraisable(where)
 
 
 # -- Coroutines and futures ----------------------------------------------------
 
-cdef enum:
-    ITERABLE_COROUTINE = 0x100      # inspect's flag of what types.coroutine() made
-
-
-cdef int _returned(IOLoop loop, object callback, object result) except -1:
-    """Drive what a callable returned, if that can be driven, to its end."""
-    try:
-        future = _as_future(loop, result)
-        if future is not None:
-            future.add_done_callback(
-                _Relay(loop, _Outcome(loop, callback), capture_context()))
-    except Exception:
-        _report(loop, callback)
-    return 0
+_generator = type(eval("(_ for _ in ())"))
+_plain = frozenset((bool, bytes, dict, float, int, list, str, tuple))  # the quick way
 
 
 cdef object _as_future(IOLoop loop, object result):
     """A future for `result`, or None if it is a plain value."""
-    if hasattr(result, "add_done_callback"):
+    if type(result) in _plain:
+        return None
+    if has(result, "add_done_callback"):
         return result
-    if hasattr(type(result), "__await__"):
-        return _Task(loop, type(result).__await__(result))
-    if getattr(getattr(result, "gi_code", None), "co_flags", 0) & ITERABLE_COROUTINE:
+    if has(result, "__await__"):
+        return _Task(loop, result.__await__())
+    # 0x100: inspect's flag of what types.coroutine() made
+    if type(result) is _generator and result.gi_code.co_flags & 0x100:
         return _Task(loop, result)
     return None
 
@@ -1613,45 +1504,24 @@ def _steps(iterator):
     return (yield from iterator)
 
 
-cdef bint _was_cancelled(object future) except -1:
-    cancelled = getattr(future, "cancelled", None)
-    return cancelled is not None and cancelled()
+def _relay(IOLoop loop not None, callback, context, future):
+    """Queue what waits for a future that is done, unless nobody does any more."""
+    if loop.opened:
+        _push(loop.queue, make_call(callback, (future,), None, context))
 
 
-@cython.final
-@cython.internal
-cdef class _Relay:
-    """A future's done callback, that queues the real one in the loop."""
-
-    cdef IOLoop loop
-    cdef object callback, context
-
-    def __cinit__(self, IOLoop loop not None, callback, context):
-        self.loop, self.callback, self.context = loop, callback, context
-
-    def __call__(self, future):
-        _check_open(self.loop)
-        _push(self.loop.queue,
-              make_call(self.callback, (future,), None, self.context))
-
-
-@cython.final
-@cython.internal
-cdef class _Outcome:
-    """Reports the exception of a future that a callable returned."""
-
-    cdef IOLoop loop
-    cdef object callback
-
-    def __cinit__(self, IOLoop loop not None, callback):
-        self.loop, self.callback = loop, callback
-
-    def __call__(self, future):
-        if not _was_cancelled(future):
-            try:
-                future.result()
-            except Exception:
-                _report(self.loop, self.callback)
+def _conclude(IOLoop loop not None, callback, awaited, _Handler handler, future):
+    """Report the exception of a future that a callable returned."""
+    try:
+        if not (has(future, "cancelled") and future.cancelled()):
+            future.result()
+    except Exception:
+        _report(loop, callback)
+    finally:
+        if handler is not None and handler.pending is awaited:
+            handler.pending = None
+            if handler.paused:
+                _resume_handler(loop, handler)
 
 
 @cython.final
@@ -1665,6 +1535,7 @@ cdef class _Task:
     cdef object __weakref__
     cdef IOLoop loop
     cdef object steps, value, error, context
+    cdef uint64_t waits         # the number of this wait
     cdef bint finished, dropped
     cdef list callbacks
 
@@ -1675,12 +1546,14 @@ cdef class _Task:
         self.callbacks = []
         _push(loop.queue, make_call(self, None, None, self.context))
 
-    def __call__(self, future=None):
-        """Go on, with the result of the future that was awaited."""
+    def __call__(self, future=None, error=None):
+        """Go on, with the result of the future that was awaited, or an error."""
         if self.finished:
             return
         try:
-            if future is None:
+            if error is not None:
+                awaited = self.steps.throw(error)
+            elif future is None:
                 awaited = self.steps.send(None)
             else:
                 awaited = self._resume(future)
@@ -1693,7 +1566,12 @@ cdef class _Task:
             self._finish(None, None)
             raise
         else:
-            self._wait_for(awaited)
+            self._wait_for(self.waits, awaited)
+
+    def _wake(self, wait, future, error=None):
+        if wait == self.waits:  # else it went on, and has been told twice
+            self.waits += 1
+            self(future, error)
 
     def _resume(self, future):
         try:
@@ -1702,17 +1580,25 @@ cdef class _Task:
             return self.steps.throw(error)
         return self.steps.send(value)
 
-    def _wait_for(self, awaited):
+    def _wait_for(self, wait, awaited):
         if awaited is None:
             _push(self.loop.queue, make_call(self, None, None, self.context))
             return
+        if wait != self.waits:
+            return
+        wake = partial(self._wake, wait)
         try:
-            if not hasattr(awaited, "add_done_callback"):
+            if not has(awaited, "add_done_callback"):
                 raise TypeError(f"a coroutine on an IOLoop can't await {awaited!r}")
-            awaited.add_done_callback(_Relay(self.loop, self, self.context))
+            awaited.add_done_callback(partial(_relay, self.loop, wake, self.context))
         except Exception as error:
             _push(self.loop.queue,
-                  make_call(self, (_Broken(error),), None, self.context))
+                  make_call(wake, (None, error), None, self.context))
+        except BaseException:
+            # Nobody knows whether it was added: try again.
+            _push(self.loop.queue,
+                  make_call(self._wait_for, (wait, awaited), None, self.context))
+            raise
 
     def _finish(self, value, error):
         self.finished, self.value, self.error = True, value, error
@@ -1751,25 +1637,11 @@ cdef class _Task:
 
 @cython.final
 @cython.internal
-cdef class _Broken:
-    """Stands for a future, to throw an error into a coroutine."""
-
-    cdef object error
-
-    def __cinit__(self, error):
-        self.error = error
-
-    def result(self):
-        raise self.error
-
-
-@cython.final
-@cython.internal
 cdef class _Sync:
     """One call of run_sync."""
 
     cdef IOLoop loop
-    cdef object func, value, error
+    cdef object func, future, value, error
     cdef bint begun, done, expired, over
 
     def __cinit__(self, IOLoop loop not None, func):
@@ -1781,11 +1653,9 @@ cdef class _Sync:
         self.begun = True
         try:
             self.value = self.func()
-            future = _as_future(self.loop, self.value)
-            if future is not None:
-                self.value = future
-                self.loop.add_future(future, self.finish)
-                return
+            self.future = _as_future(self.loop, self.value)
+            if self.future is not None:
+                return self.loop.add_future(self.future, self.finish)
         except Exception as error:
             self.error = error
         self.done = True
@@ -1808,8 +1678,8 @@ cdef class _Sync:
     def give_up(self):
         self.over = True
         try:
-            if hasattr(self.value, "cancel"):
-                self.value.cancel()
+            if has(self.future, "cancel"):
+                self.future.cancel()
         except Exception:
             _report(self.loop, self.func)
 
@@ -1863,7 +1733,8 @@ cdef struct _Post:
     uint64_t after          # how many of Python's callbacks go first
 
 cdef struct _Door:
-    pthread_mutex_t lock
+    pthread_mutex_t lock    # in the list of those that a fork takes
+    _Door *next
     _Post *posts            # a ring
     uint64_t head, tail, capacity
     uint64_t queued         # Python's callbacks so far
@@ -1894,11 +1765,13 @@ cdef class _Queue:
             raise MemoryError
         self.door.reader = self.door.writer = -1
         pthread_mutex_init(&self.door.lock, NULL)
+        _list_door(self.door, True)
         _open_door(self.door)
 
     def __dealloc__(self):
         if self.door != NULL:
             _close_door(self.door)
+            _list_door(self.door, False)
             pthread_mutex_destroy(&self.door.lock)
             free(self.door.posts)
             free(self.door)
@@ -1914,16 +1787,12 @@ cdef class _Call:
     cdef dict kwargs
 
 
-cdef inline object make_call(object callback, object args, dict kwargs,
-                             object context):
+cdef inline object make_call(object callback, object args, dict kwargs, object context):
     """A call; None for arguments or a context that it has not."""
+    cdef _Call call
     if args is None and context is None and not kwargs:
         return callback
-    return _make_call(callback, args, kwargs, context)
-
-
-cdef object _make_call(object callback, object args, dict kwargs, object context):
-    cdef _Call call = _Call.__new__(_Call)
+    call = _Call.__new__(_Call)
     call.callback, call.context, call.kwargs = callback, context, kwargs or None
     call.args = () if args is None else <tuple>args
     return call
@@ -1948,31 +1817,24 @@ cdef inline int _push(_Queue queue, object call) except -1:
     """Queue a call; wake the loop if it sleeps."""
     while queue.tail - queue.head > queue.mask:
         _resize_ring(queue, 2 * (queue.mask + 1))
-    gil_lock(&queue.door.lock)
     put(queue.ring, <Py_ssize_t>(queue.tail & queue.mask), call)
     queue.tail += 1
     store64(&queue.door.queued, queue.tail)
-    gil_unlock(&queue.door.lock)
-    gil_fence()
     if load(&queue.door.asleep):
         try:
             _wake(queue)
         except OSError:
             _take_back(queue, call)
             raise
-    return 0
 
 
 cdef int _take_back(_Queue queue, object call) except -1:
     """Undo the last _push: the caller is told that it failed."""
     cdef Py_ssize_t last
-    gil_lock(&queue.door.lock)
     last = <Py_ssize_t>((queue.tail - 1) & queue.mask)
     if queue.tail > queue.head and peek(queue.ring, last) == <PyObject *>call:
         queue.tail -= 1
         take(queue.ring, last)
-    gil_unlock(&queue.door.lock)
-    return 0
 
 
 cdef int _resize_ring(_Queue queue, uint64_t room) except -1:
@@ -1980,7 +1842,6 @@ cdef int _resize_ring(_Queue queue, uint64_t room) except -1:
     # The allocation may collect garbage, and that may queue callbacks.
     cdef list ring = [None] * <Py_ssize_t>room, old
     cdef uint64_t n
-    gil_lock(&queue.door.lock)
     old, n = queue.ring, queue.head
     if queue.tail - n <= room:
         while n != queue.tail:
@@ -1988,54 +1849,26 @@ cdef int _resize_ring(_Queue queue, uint64_t room) except -1:
                 take(old, <Py_ssize_t>(n & queue.mask)))
             n += 1
         queue.ring, queue.mask = ring, room - 1
-    gil_unlock(&queue.door.lock)
-    return 0
 
 
-cdef int _shrink_ring(_Queue queue) except -1:
+cdef inline int _shrink_queue(_Queue queue) except -1:
     """Give half of the ring back, if it is large and hardly used."""
     if queue.mask >= SPACIOUS and queue.tail - queue.head < queue.mask // 8:
         try:
             _resize_ring(queue, (queue.mask + 1) // 2)
         except MemoryError:
             pass
-    return 0
 
 
-cdef int _clear_queue(_Queue queue) except -1:
-    while queue.head != queue.tail:
-        queue.head += 1
-        take(queue.ring, <Py_ssize_t>((queue.head - 1) & queue.mask))
-    return 0
-
-
-cdef inline _Post *_next_post(_Door *door) noexcept nogil:
-    return &door.posts[door.head & (door.capacity - 1)]
-
-
-cdef bint _run_post(IOLoop loop, _Door *door, uint64_t head) except -1:
-    """Run the next C callback if it goes before Python's number `head`."""
-    cdef _Post post
-    pthread_mutex_lock(&door.lock)
-    post = _next_post(door)[0]
-    if post.after <= head:
-        store64(&door.head, door.head + 1)
-    pthread_mutex_unlock(&door.lock)
-    if post.after > head:
-        return False
-    try:
-        post.function(loop, post.arg)
-    except Exception:
-        _report(loop, None)
-    return True
-
-
-cdef int _post(_Door *door, ioloop_callback_v1 function,
-               void *arg) noexcept nogil:
+cdef int c_post(ioloop_door_v1 *opaque, ioloop_callback_v1 function,
+                void *arg) noexcept nogil:
     """Queue a C callback; 0 or an errno."""
+    cdef _Door *door = <_Door *>opaque
     cdef int error = 0
     cdef _Post *slot
     cdef uint64_t number = 0
+    if function == NULL:
+        return EINVAL
     pthread_mutex_lock(&door.lock)
     if door.closed:
         error = ESHUTDOWN
@@ -2073,11 +1906,16 @@ cdef bint _grow_posts(_Door *door) noexcept nogil:
     return True
 
 
-# -- Waker ---------------------------------------------------------------------
+# -- Waker and signals ----------------------------------------------------------
 #
 # A pipe used as a doorbell: nobody cares what is in it, only that there is
 # something.  It is rung at most once until the loop has answered, and only
 # while the loop sleeps or is about to.
+#
+# While the loop runs in the main thread, the pipe is Python's signal wakeup fd too,
+# so that a signal ends the poll, whichever thread the kernel gave it to.  The byte
+# that rings is 0, any other is the number of a signal: it is passed on to the fd
+# that would have got it without the loop.
 
 cdef int _open_door(_Door *door) except -1:
     """Make the pipe, anew in a forked child."""
@@ -2091,7 +1929,6 @@ cdef int _open_door(_Door *door) except -1:
         raise
     door.writer = above_stdio(fds[1])
     door.rung = door.closed = 0
-    return 0
 
 
 cdef void _close_door(_Door *door) noexcept nogil:
@@ -2118,7 +1955,7 @@ cdef int _ring(_Door *door) noexcept nogil:
         return 0
     pthread_mutex_lock(&door.lock)
     if not door.closed:
-        while write(door.writer, b"!", 1) == -1:
+        while door.writer >= 0 and write(door.writer, b"\0", 1) == -1:
             if errno != EINTR:
                 error = 0 if errno == EAGAIN else errno  # full: it is rung
                 break
@@ -2134,7 +1971,6 @@ cdef int _wake(_Queue queue) except -1:
     if error:
         raise OSError(error, "the IOLoop sleeps and can't be woken: "
                       + os.strerror(error))
-    return 0
 
 
 cdef int _doze(IOLoop loop) noexcept:
@@ -2143,76 +1979,78 @@ cdef int _doze(IOLoop loop) noexcept:
     fence()
     if loop.embedded and (_pending(loop.queue) or loop.poller.kept):
         _ring(loop.queue.door)
-    return 0
 
 
 cdef int _on_doorbell(object loop, int fd, uint32_t events, void *arg) except -1:
-    """The handler of the pipe's reading end."""
-    cdef _Door *door = <_Door *>arg
-    cdef char buffer[512]
+    """Empty the pipe, and pass on what is not ours."""
+    cdef object host = (<IOLoop>loop).outer
+    cdef int outer = (<IOLoop>loop).outer_wakeup
+    cdef unsigned char buffer[512]
+    cdef ssize_t n = sizeof(buffer), i, count
+    while n == sizeof(buffer):
+        n, count = read(fd, buffer, sizeof(buffer)), 0
+        for i in range(n):
+            if buffer[i]:
+                (<IOLoop>loop).alarms += buffer[i] == SIGALRM
+                buffer[count] = buffer[i]
+                count += 1
+        if count and outer >= 0:
+            write(outer, buffer, count)  # lost if that is full, as ever
+            if isinstance(host, IOLoop) and (<IOLoop>host).queue.door.writer == outer:
+                _on_doorbell(host, (<IOLoop>host).queue.door.reader, READ, NULL)
     # First empty, then ready to be rung again: the queue is looked at after.
-    while read(fd, buffer, sizeof(buffer)) == sizeof(buffer):
-        pass
-    store(&door.rung, 0)
-    return 0
+    store(&(<IOLoop>loop).queue.door.rung, 0)
 
 
 cdef int _add_doorbell(IOLoop loop) except -1:
-    cdef _Door *door = loop.queue.door
-    return _add_handler(loop, door.reader, READ, _on_doorbell, door,
-                        _Handler.__new__(_Handler, None, None, None))
-
-
-# Signals: while the loop runs in the main thread, a signal rings the doorbell too,
-# so that one that arrives just before the poll ends it at once.  The wakeup fd of
-# somebody else is left alone, unless it is that of the loop that called this one.
-
-cdef enum:
-    NOT_OURS = -2
+    return _add_handler(loop, loop.queue.door.reader, READ, _on_doorbell, NULL,
+                        _Handler.__new__(_Handler, loop.queue, None, None))
 
 
 cdef int _take_wakeup_fd(IOLoop loop) except -1:
-    cdef int ours = loop.queue.door.writer
-    cdef int old
-    loop.wakeup = NOT_OURS
-    loop.in_main_thread = False
     try:
-        old = _signal.set_wakeup_fd(ours, warn_on_full_buffer=False)
+        # Whether the one before was to warn of a full buffer can't be known.
+        loop.outer_wakeup = _signal.set_wakeup_fd(
+            loop.queue.door.writer, warn_on_full_buffer=False)
     except ValueError:
-        return 0
-    loop.in_main_thread = True
-    if old != -1 and not (loop.outer is not None
-                          and (<IOLoop>loop.outer).queue.door.writer == old):
-        if _set_wakeup_fd(old):
-            return 0
-        old = -1
-    loop.wakeup = old
-    return 0
+        return 0  # not the main thread, which is the one that gets signals
+    loop.has_wakeup_fd = True
+    if loop.outer_wakeup == loop.queue.door.writer:
+        loop.outer_wakeup = -1  # somebody kept ours from an earlier run
+
+
+cdef bint _keep_wakeup_fd(IOLoop loop) except -1:
+    """Take it again from whoever has set another, who is served from now on."""
+    cdef int found
+    if not loop.has_wakeup_fd:
+        return False
+    found = _swap_wakeup_fd(loop.queue.door.writer)
+    if found == loop.queue.door.writer:
+        return False
+    loop.outer_wakeup = found
+    return True
 
 
 cdef int _give_wakeup_fd(IOLoop loop) except -1:
-    cdef int found
-    if loop.wakeup == NOT_OURS:
-        return 0
-    found = _signal.set_wakeup_fd(-1)
-    if found == loop.queue.door.writer:
-        found = loop.wakeup  # else somebody set one while the loop ran
-    loop.wakeup = NOT_OURS
-    _set_wakeup_fd(found)
-    return 0
+    """Set what was there before, or what somebody has set since."""
+    cdef int found = _swap_wakeup_fd(loop.outer_wakeup)
+    loop.has_wakeup_fd = False
+    if found != loop.queue.door.writer:
+        loop.outer_wakeup = found
+        _swap_wakeup_fd(found)
+    _on_doorbell(loop, loop.queue.door.reader, READ, NULL)
 
 
-cdef bint _set_wakeup_fd(int fd) except -1:
-    """Set it as it was, if it is still open."""
-    try:
+cdef int _swap_wakeup_fd(int fd) except? -2:
+    """Set it if it is open; return the one before, which nothing else tells."""
+    for _ in range(2):
         try:
-            # Whether it was to warn can't be known.  Who reads it wants no warnings.
-            _signal.set_wakeup_fd(fd, warn_on_full_buffer=False)
+            return _signal.set_wakeup_fd(fd, warn_on_full_buffer=False)
+        except (OSError, ValueError):
+            fd = -1
         except MemoryError:
-            _signal.set_wakeup_fd(fd)
-    except (OSError, ValueError):
-        return False
-    return True
+            pass
+    return _signal.set_wakeup_fd(fd)
 
 
 # -- Timeouts ------------------------------------------------------------------
@@ -2246,6 +2084,7 @@ cdef class _Timers:
     """The heap, and the clock that it is kept by."""
 
     cdef object time_func           # None: the monotonic clock
+    cdef _Queue queue               # whose doorbell tells of a new nearest timeout
     cdef list calls
     cdef _Entry *heap
     cdef int *spare
@@ -2261,8 +2100,8 @@ cdef class _Timers:
     cdef Py_ssize_t lates           # timeouts that it must not run
     cdef bint closed
 
-    def __cinit__(self, time_func):
-        self.time_func = time_func
+    def __cinit__(self, _Queue queue not None, time_func):
+        self.queue, self.time_func = queue, time_func
         self.calls = []
 
     def __dealloc__(self):
@@ -2288,7 +2127,7 @@ cdef class _Timeout:
         raise TypeError("a timeout is made by IOLoop.add_timeout()")
 
     def cancel(self):
-        """Cancel the timeout; nothing if it has run or was cancelled.
+        """Cancel the timeout; does nothing if it has run or was cancelled.
 
         Loop thread only.
         """
@@ -2323,7 +2162,6 @@ cdef int _check_owner(_Timers timers) except -1:
     if timers.thread != 0 and timers.thread != get_thread():
         raise RuntimeError("IOLoop runs in another thread, "
                            "and a timeout is not thread-safe")
-    return 0
 
 
 # The clock
@@ -2337,7 +2175,7 @@ cdef inline int64_t _now(_Timers timers) except? -1:
 cdef int64_t _deadline(_Timers timers, object when) except? -1:
     """A time on the clock of time(), or a timedelta, as nanoseconds of ours."""
     cdef int64_t target
-    if type(when) is not float and hasattr(when, "total_seconds"):
+    if type(when) is not float and has(when, "total_seconds"):
         return later(_now(timers), nanoseconds(when.total_seconds(), True))
     target = nanoseconds(when, True)
     if timers.time_func is not None or target == INT64_MAX or target == INT64_MIN:
@@ -2363,24 +2201,17 @@ cdef int64_t _wall_offset(_Timers timers) noexcept:
     """
     cdef int64_t wall = _read_clock(CLOCK_REALTIME)
     cdef int64_t offset = wall - monotonic()
-    if not _is_near(offset, timers.wall_offset):
+    if not -CLOCK_IS_SET < offset - timers.wall_offset < CLOCK_IS_SET:
         offset = _measure_offset()  # as it is, if there was a pause in between
-        if not _is_near(offset, timers.wall_offset):
+        if not -CLOCK_IS_SET < offset - timers.wall_offset < CLOCK_IS_SET:
             timers.wall_offset = offset
     return timers.wall_offset
 
 
-cdef inline bint _is_near(int64_t offset, int64_t other) noexcept:
-    return -CLOCK_IS_SET < offset - other < CLOCK_IS_SET
-
-
 cdef int64_t _measure_offset() noexcept:
-    """The offset, from the quickest of some samples; too small rather than too big,
-    which makes a deadline later."""
+    """By the quickest of some samples; rather too small: then deadlines get later."""
     cdef int64_t before, wall, after, offset = 0, shortest = INT64_MAX
-    cdef int samples = 5
-    while samples:
-        samples -= 1
+    for _ in range(5):
         before = monotonic()
         wall = _read_clock(CLOCK_REALTIME)
         after = monotonic()
@@ -2415,7 +2246,8 @@ cdef int _arm(_Timers timers, _Timeout timeout, int64_t deadline,
               object call) except -1:
     """Put a dead timeout into the heap, or aside if this pass is not its."""
     cdef _Entry entry
-    _make_room(timers)
+    while timers.spares == 0:
+        _grow_timers(timers)
     # From here on nothing can run that would use up what is spare.
     timers.spares -= 1
     timeout.slot = timers.spare[timers.spares]
@@ -2428,20 +2260,20 @@ cdef int _arm(_Timers timers, _Timeout timeout, int64_t deadline,
     if timers.passing and deadline <= timers.pass_time:
         timers.lates += 1
         _place(timers.heap, timers.room - timers.lates, entry)
-    else:
-        timers.count += 1
-        _sift_up(timers.heap, timers.count - 1, entry)
-    return 0
+        return 0
+    timers.count += 1
+    _sift_up(timers.heap, timers.count - 1, entry)
+    return _tell_nearer(timers, timeout)
 
 
-cdef int _move(_Timers timers, _Timeout timeout, int64_t deadline) noexcept:
-    """Cancel and arm at once, outside of a pass."""
-    cdef _Entry entry
-    entry.deadline, entry.timeout = deadline, <PyObject *>timeout
-    timeout.stamp = timers.added
-    timers.added += 1
-    _sift(timers.heap, timers.count, timeout.index, entry)
-    return 0
+cdef inline int _tell_nearer(_Timers timers, _Timeout timeout) except -1:
+    """Wake whoever polls our fileno(), and knows of a later timeout or none."""
+    if timeout.index == 0 and load(&timers.queue.door.asleep):
+        try:
+            _wake(timers.queue)
+        except OSError:
+            _cancel(timeout)
+            raise
 
 
 cdef void _add_late(_Timers timers) noexcept:
@@ -2469,7 +2301,6 @@ cdef int _cancel(_Timeout timeout) except -1:
             _shrink_timers(timers, timers.room // 2)
         except MemoryError:
             pass  # it is cancelled all the same
-    return 0
 
 
 cdef inline object _release(_Timers timers, _Timeout timeout):
@@ -2480,13 +2311,6 @@ cdef inline object _release(_Timers timers, _Timeout timeout):
     timers.spare[timers.spares] = slot
     timers.spares += 1
     return take(timers.calls, slot)
-
-
-cdef inline int _make_room(_Timers timers) except -1:
-    """Have a free slot."""
-    while timers.spares == 0:
-        _grow_timers(timers)
-    return 0
 
 
 cdef int _grow_timers(_Timers timers) except -1:
@@ -2502,7 +2326,6 @@ cdef int _grow_timers(_Timers timers) except -1:
         timers.spare[timers.spares] = <int>i
         timers.spares += 1
     timers.room = room
-    return 0
 
 
 cdef int _shrink_timers(_Timers timers, Py_ssize_t room) except -1:
@@ -2531,7 +2354,6 @@ cdef int _shrink_timers(_Timers timers, Py_ssize_t room) except -1:
     free(timers.spare)
     timers.heap, timers.spare, timers.calls = heap, spare, calls
     timers.room, timers.spares = room, room - used
-    return 0
 
 
 cdef inline Py_ssize_t _move_call(_Timeout timeout, list old, list new,
@@ -2539,16 +2361,6 @@ cdef inline Py_ssize_t _move_call(_Timeout timeout, list old, list new,
     put(new, slot, take(old, timeout.slot))
     timeout.slot = <int>slot
     return slot + 1
-
-
-cdef int _clear_timers(_Timers timers) except -1:
-    cdef _Timeout timeout
-    timers.closed = True
-    _add_late(timers)
-    while timers.count:
-        timeout = <_Timeout>timers.heap[timers.count - 1].timeout
-        _cancel(timeout)
-    return 0
 
 
 # The heap itself.  `_sift_*` put an entry, for which `index` is free, in its place.
@@ -2626,9 +2438,10 @@ cdef class PeriodicCallback(_Referable):
     The first call is one period after `start()`, later ones (without jitter) a
     whole number of periods after the first: the period does not drift, and what
     a slow callback missed is left out.  A callback that returns a coroutine or a
-    future is not called again before that is done.  `jitter` is the fraction of
-    the period by which it varies at random.  Raises ValueError for a period that
-    is not positive.  Loop thread only.  Source: Tornado.
+    future is not called again before that is done, or stop() and start() are
+    called.  Whatever is raised, the calls go on.  `jitter` is the fraction of the
+    period by which it varies at random.  Raises ValueError for a period that is
+    not positive.  Loop thread only.  Source: Tornado.
     """
 
     cdef dict __dict__
@@ -2637,7 +2450,7 @@ cdef class PeriodicCallback(_Referable):
     cdef readonly IOLoop io_loop
     cdef double milliseconds
     cdef _Timeout timeout                   # the next tick
-    cdef object awaited                     # the future of the last one
+    cdef object awaited                     # the future of the last one, until done
     cdef bint on
     cdef int64_t due                        # when the next tick is, or the last was
 
@@ -2657,14 +2470,14 @@ cdef class PeriodicCallback(_Referable):
 
     @callback_time.setter
     def callback_time(self, period):
-        if hasattr(period, "total_seconds"):
-            period = period.total_seconds() * 1e3
-        if not period > 0 or nanoseconds(period / 1e3, True) < 1:
+        cdef double ms = (period.total_seconds() * 1e3 if has(period, "total_seconds")
+                          else period)
+        if not ms > 0 or nanoseconds(ms / 1e3, True) < 1:
             raise ValueError(f"a period must be positive, not {period!r}")
-        self.milliseconds = period
+        self.milliseconds = ms
 
     def start(self):
-        """Start calling; nothing if it has been started.
+        """Start calling; does nothing if it has been started.
 
         Raises RuntimeError from the wrong thread or for a closed loop.
         """
@@ -2674,16 +2487,15 @@ cdef class PeriodicCallback(_Referable):
         if not self.on:
             self.due = _now(self.io_loop.timers)
             _schedule(self, later(self.due, _period(self)))
-            self.on = True
 
     def stop(self):
-        """Stop calling; `start()` starts anew.  Loop thread only."""
+        """Stop calling; `start()` starts afresh.  Loop thread only."""
         if self.on:
             _check_owner(self.io_loop.timers)
             if self.timeout is not None:
                 _cancel(self.timeout)
         self.on = False
-        self.timeout = None
+        self.timeout = self.awaited = None
 
     def is_running(self):
         """Tell whether `start()` has been called, and `stop()` not since.
@@ -2695,24 +2507,31 @@ cdef class PeriodicCallback(_Referable):
     def _tick(self):
         """Call the callback, and set the next tick when it is done."""
         self.timeout = None
-        if self.awaited is not None:
-            return  # since before a stop() and start(); its end sets the next tick
         try:
-            self.awaited = _as_future(self.io_loop, self.callback())
-            if self.awaited is not None:
-                self.awaited.add_done_callback(
-                    _Relay(self.io_loop, self._done, capture_context()))
+            future = _as_future(self.io_loop, self.callback())
+            if future is not None:
+                if self.on and self.timeout is None:  # not stopped, nor started again
+                    self.awaited = future
+                future.add_done_callback(partial(
+                    _relay, self.io_loop, partial(self._done, future),
+                    capture_context()))
         except Exception:
             self.awaited = None
             _report(self.io_loop, self.callback)
+        except BaseException:
+            self.awaited = None
+            raise
         finally:
             if self.awaited is None:
                 _next_tick(self)
 
-    def _done(self, future):
-        self.awaited = None
-        _Outcome(self.io_loop, self.callback)(future)
-        _next_tick(self)
+    def _done(self, awaited, future):
+        try:
+            _conclude(self.io_loop, self.callback, None, None, future)
+        finally:
+            if self.awaited is awaited:
+                self.awaited = None
+                _next_tick(self)
 
 
 cdef int64_t _period(PeriodicCallback periodic) except -1:
@@ -2725,22 +2544,28 @@ cdef int64_t _period(PeriodicCallback periodic) except -1:
 
 
 cdef int _schedule(PeriodicCallback periodic, int64_t due) except -1:
+    periodic.on = False  # should this fail
     periodic.timeout = _new_timeout(
         periodic.io_loop.timers, due,
         make_call(periodic._tick, None, None, capture_context()))
     periodic.due = due
-    return 0
+    periodic.on = True
 
 
 cdef int _next_tick(PeriodicCallback periodic) except -1:
     """Set the first tick that is still to come, however many were missed."""
-    cdef int64_t now, period, due = periodic.due
+    cdef int64_t now, due = periodic.due
+    cdef int64_t period = nanoseconds(periodic.milliseconds / 1e3, True)
     if not periodic.on or periodic.timeout is not None or not periodic.io_loop.opened:
         return 0
-    now, period = _now(periodic.io_loop.timers), _period(periodic)
-    if now > due:
-        due = later(due, (now - due) // period * period)
-    return _schedule(periodic, later(due, period))
+    try:
+        period = _period(periodic)
+        now = _now(periodic.io_loop.timers)
+        if now > due:
+            due = later(due, (now - due) // period * period)
+    finally:  # also if a time_func fails
+        if periodic.on and periodic.timeout is None:  # still
+            _schedule(periodic, later(due, period))
 
 
 # -- Handlers ------------------------------------------------------------------
@@ -2750,12 +2575,11 @@ cdef int _next_tick(PeriodicCallback periodic) except -1:
 # a list.  Each registration has a generation, which the poller gives back with
 # its events: an event is for that registration or for nobody.
 
-cdef struct _Identity:          # of an open file
-    unsigned long device, inode
-
 cdef struct _Slot:
     uint32_t generation         # 0: no registration
-    uint32_t events             # 0: not known to the poller
+    uint32_t events
+    bint muted                  # the poller watches for none of them for now,
+    bint lost                   # or not at all: the fd was closed
     uint32_t ended              # the batch in which the last registration ended
     ioloop_handler_v1 function  # of the C-level door, or NULL
     void *arg
@@ -2767,7 +2591,9 @@ cdef class _Handler:
     """What add_handler was given; `callback` is the owner of a C-level one."""
 
     cdef object file, callback, context
-    cdef _Identity resting      # what the fd was when its poller was told to drop it
+    cdef int number             # the fd
+    cdef object pending         # the coroutine or future that it returned, until done
+    cdef bint paused, warned    # an event waits for that; and this was logged
 
     def __cinit__(self, file, callback, context):
         self.file, self.callback, self.context = file, callback, context
@@ -2799,20 +2625,18 @@ cdef inline _Slot *_slot(_Table table, int fd) noexcept:
     return NULL
 
 
-cdef int _add_handler(IOLoop loop, int fd, uint32_t events,
-                      ioloop_handler_v1 function, void *arg,
-                      _Handler handler) except -1:
+cdef int _add_handler(IOLoop loop, int fd, uint32_t events, ioloop_handler_v1 function,
+                      void *arg, _Handler handler) except -1:
     cdef _Table table = loop.table
     cdef _Slot *slot = _slot(table, fd)
     cdef uint32_t generation = table.generation + 1 or 1
     cdef bint replaced = slot != NULL, added = False
-    if slot != NULL and not _has_lost(loop, fd, slot):
+    if slot != NULL and (
+            fd == loop.queue.door.reader or not loop.poller.has_lost(fd)):
         raise FileExistsError(EEXIST, f"fd {fd} has a handler already")
     try:
         loop.poller.add(fd, events, generation)
         added = True
-        if not events:
-            _rest(loop, fd, handler)
         _reserve(table, <Py_ssize_t>fd + 1)
     except BaseException:
         if added or not loop.poller.foreign:
@@ -2827,53 +2651,80 @@ cdef int _add_handler(IOLoop loop, int fd, uint32_t events,
     slot = &table.slots[fd]
     slot.ended = table.batch
     slot.generation, slot.events = generation, events
+    slot.muted = slot.lost = False
     slot.function, slot.arg = function, arg
+    handler.number = fd
     table.handlers[fd] = handler
-    return 0
 
 
 cdef int _update_handler(IOLoop loop, int fd, uint32_t events) except -1:
     cdef _Slot *slot = _slot(loop.table, fd)
+    cdef _Handler handler
     if slot == NULL or fd == loop.queue.door.reader:
         raise FileNotFoundError(ENOENT, f"fd {fd} has no handler")
-    if not events:
-        if slot.events:
-            _rest(loop, fd, <_Handler>peek(loop.table.handlers, fd))
-    elif slot.events:
+    handler = <_Handler>peek(loop.table.handlers, fd)
+    if not handler.paused:
         loop.poller.modify_(fd, events, slot.generation)
-    else:
-        loop.poller.add(fd, events, slot.generation)
     slot = _slot(loop.table, fd)  # a Python poller may have done anything
     if slot != NULL:
         slot.events = events
-    return 0
-
-
-cdef int _rest(IOLoop loop, int fd, _Handler handler) except -1:
-    """An fd that waits for nothing leaves the poller: a hang-up can't be masked."""
-    identify(fd, &handler.resting)
-    return loop.poller.drop(fd)
-
-
-cdef bint _has_lost(IOLoop loop, int fd, _Slot *slot) except -1:
-    """Tell whether a registered fd was closed, and its number used again."""
-    cdef _Identity now, then = (<_Handler>peek(loop.table.handlers, fd)).resting
-    if slot.function == _on_doorbell:
-        return False
-    if slot.events:
-        return loop.poller.has_lost(fd)
-    identify(fd, &now)
-    return not is_same_file(&now, &then)
+        slot.muted, slot.lost = handler.paused, False
 
 
 cdef int _remove_handler(IOLoop loop, int fd) except -1:
-    cdef _Slot *slot = _slot(loop.table, fd)
-    cdef bint watched = slot != NULL and slot.events
+    cdef bint known = _slot(loop.table, fd) != NULL
     cdef object handler = _forget(loop.table, fd)
-    if watched:
+    if known:
         loop.poller.drop(fd)
     del handler  # not earlier: its destructor may add one for the same fd
-    return 0
+
+
+# A handler is not called again before the coroutine that it returned is done.
+
+cdef bint _pause_handler(IOLoop loop, _Handler handler) except -1:
+    """Tell whether an event has to wait, and see to it that it is not reported."""
+    cdef _Slot *slot
+    try:
+        if has(handler.pending, "done") and handler.pending.done():
+            return False
+    except Exception:
+        _report(loop, handler.callback)
+    except BaseException:
+        handler.paused = True  # so that the event is asked for again
+        raise
+    slot = _handler_slot(loop, handler)
+    if slot != NULL:
+        handler.paused = slot.muted = True
+        try:
+            loop.poller.modify_(handler.number, 0, slot.generation)
+        except OSError:
+            loop.poller.drop(handler.number)  # it was closed, most likely
+    if not handler.warned:
+        handler.warned = True
+        _warn(loop, f"the handler of fd {handler.number} returned a coroutine or "
+              "future and is not called again before that is done")
+    return True
+
+
+cdef _Slot *_handler_slot(IOLoop loop, _Handler handler) noexcept:
+    """Its slot, or NULL if it was removed."""
+    cdef _Slot *slot = _slot(loop.table, handler.number)
+    if slot == NULL or peek(loop.table.handlers, handler.number) != <PyObject *>handler:
+        return NULL
+    return slot
+
+
+cdef int _resume_handler(IOLoop loop, _Handler handler) except -1:
+    cdef _Slot *slot = _handler_slot(loop, handler)
+    handler.paused = False
+    if slot != NULL:
+        slot.muted = False
+        if not loop.forked:  # else reinit() does it
+            try:
+                loop.poller.drop(handler.number)
+                loop.poller.add(handler.number, slot.events, slot.generation)
+            except OSError:
+                pass  # it was closed
 
 
 cdef object _forget(_Table table, int fd):
@@ -2881,7 +2732,7 @@ cdef object _forget(_Table table, int fd):
     cdef _Slot *slot = _slot(table, fd)
     cdef object handler = None
     if slot != NULL:
-        slot.generation = slot.events = 0
+        slot.generation = 0
         slot.ended = table.batch
         table.count -= 1
         handler = take(table.handlers, fd)
@@ -2900,32 +2751,12 @@ cdef int _reserve(_Table table, Py_ssize_t size) except -1:
         memset(&table.slots[table.size], 0, len(more) * sizeof(_Slot))
         table.handlers.extend(more)
         table.size = room
-    return 0
-
-
-cdef int _clear_table(_Table table) except -1:
-    table.size = table.count = 0
-    table.handlers.clear()
-    return 0
 
 
 cdef list _registrations(IOLoop loop):
     """Pairs of fd and _Handler, without the doorbell."""
     return [(fd, handler) for fd, handler in enumerate(loop.table.handlers)
             if handler is not None and fd != loop.queue.door.reader]
-
-
-cdef list _registered_files(IOLoop loop):
-    return [(<_Handler>handler).file for _, handler in _registrations(loop)]
-
-
-cdef int _close_files(IOLoop loop, list files) except -1:
-    for file in files:
-        try:
-            _close_file(file)
-        except Exception:
-            _report(loop, file)
-    return 0
 
 
 cdef int _close_file(object file) except -1:
@@ -2938,24 +2769,28 @@ cdef int _close_file(object file) except -1:
     except OSError as error:
         if error.errno != EBADF:
             raise
-    return 0
 
 
 cdef int _registered_number(_Table table, object file) except -2:
-    """The fd that `file` is registered as, or -1; also when it is closed."""
+    """The fd that `file` is registered as, or -1; whatever its fileno() does."""
     cdef _Handler handler
+    cdef object error = None
     cdef int number = -1
     try:
         number = fd_number(file)
-        if _slot(table, number) != NULL:
-            return number
-    except (OverflowError, ValueError):
-        pass  # what a closed file's fileno() raises, or a closed socket's -1 does
-    if not isinstance(file, int):
-        for number, handler in enumerate(table.handlers):
+    except (OSError, OverflowError, ValueError):
+        pass  # as of a closed file
+    except Exception as raised:
+        error = raised
+    if not isinstance(file, int) and (
+            _slot(table, number) == NULL or
+            (<_Handler>peek(table.handlers, number)).file is not file):
+        for handler in table.handlers:
             if handler is not None and handler.file is file:
-                return number
-    return -1
+                return handler.number
+    if error is not None:
+        raise error
+    return number if _slot(table, number) != NULL else -1
 
 
 cdef int _keep_events(IOLoop loop, int first, int n) except -1:
@@ -2969,42 +2804,34 @@ cdef int _keep_events(IOLoop loop, int first, int n) except -1:
         if slot != NULL and (poller.foreign or slot.events & (EDGE | ONESHOT)):
             poller.ready[poller.kept] = poller.ready[i]
             poller.kept += 1
-    return 0
 
 
 # An epoll set may hold what has no registration: an fd was closed before it was
 # removed, while a duplicate of it lives on.  Nothing can remove it but a new set.
 
-cdef enum:
-    BATCHES_PER_LOOK = 64       # one fd in so many batches is looked at
-
-
-cdef int _look_after(IOLoop loop, int n) except -1:
-    """Now and then, see whether an fd that has events is still open."""
-    cdef int fd
-    if loop.table.batch % BATCHES_PER_LOOK == 0:
-        fd = loop.poller.ready[(loop.table.batch // BATCHES_PER_LOOK) % n].fd
-        if fcntl(fd, F_GETFD) == -1 and _slot(loop.table, fd) != NULL:
-            _renew_poller(loop)
-    return 0
-
-
 cdef int _renew_poller(IOLoop loop) except -1:
     """Build the poller's set anew, at most ten times a second."""
     cdef int64_t now = monotonic()
+    cdef int fd
     if loop.poller.foreign or (loop.renewed and now - loop.renewed < SECOND // 10):
         return 0
     loop.renewed = now
+    for fd in range(<int>loop.table.size):
+        if _slot(loop.table, fd) != NULL:
+            loop.table.slots[fd].lost = _has_lost(loop.poller, fd)
     try:
         loop.poller.renew(loop.table)
     except OSError:
         return 0  # the old set is as it was, and has one more event to tell
+    return _warn(loop, "a file descriptor was closed before remove_handler() while a "
+                 "duplicate of it is open; the poller was rebuilt without it")
+
+
+cdef int _warn(IOLoop loop, str message) except -1:
     try:
-        _log().warning("a file descriptor was closed before remove_handler() while a "
-                       "duplicate of it is open; the poller was rebuilt without it")
-    except Exception:
-        _unraisable(loop)
-    return 0
+        _log().warning(message)
+    except Exception as error:
+        _unraisable(loop, error)
 
 
 # -- Pollers -------------------------------------------------------------------
@@ -3013,16 +2840,19 @@ cdef int _renew_poller(IOLoop loop) except -1:
 #
 #   leave     in a forked child: let go of the set, which is the parent's
 #   renew     start over with a set of what is registered; else raise and keep the old
+#   open_set  make a new set; return its file descriptor
+#   enclose   put the set into `outer`, another one that somebody else can watch
 #   add       watch an fd for events, and remember its generation
 #   modify_   watch it for other events
 #   drop      do not watch it; never fails
-#   has_lost  tell whether the kernel forgot an fd that was added: it was closed
+#   has_lost  tell whether an fd that was added is another open file now
 #   wait      fill `ready` with events, each with the generation of its fd, and
 #             return how many; ns is 0 (it keeps the GIL), a time or FOREVER; a
 #             signal means 0 events and `interrupted`
 #   close     free the set; the second time does nothing
 #
-# Events are READ, WRITE, ERROR and whatever bits the kernel knows besides.
+# Events are READ, WRITE, ERROR and whatever bits the kernel knows besides.  An fd with
+# none of them stays in the set, which hears nothing of it, not even a hang-up.
 
 cdef struct _Ready:
     int fd
@@ -3040,20 +2870,20 @@ cdef class _Poller(_Referable):
     cdef bint foreign           # a Python object's
     cdef bint taken             # a loop has it
     cdef bint interrupted       # the last wait was, by a signal
-    cdef bint maskable          # the kernel can unblock signals while it waits,
-    cdef bint masked            # it is to do so,
-    cdef sigset_t mask          # and block only these
+    cdef bint oneshot           # it knows ONESHOT
     cdef int handle             # the kernel's, or -1
+    cdef int outer              # a set with nothing in it but `handle`, or -1
+    cdef dict watched           # a kqueue's fds and their filters
+    cdef _Poller witness        # of one that can't tell files apart, or None
 
     def __cinit__(self, *args):
-        self.handle = -1
+        self.handle = self.outer = -1
         self.room = 256
         self.ready = <_Ready *>reallocate(NULL, self.room * sizeof(_Ready))
 
     def __dealloc__(self):
         free(self.ready)
-        if self.handle >= 0:
-            close(self.handle)
+        _close_sets(self)
 
     def register(self, fd, events):
         """Watch `fd` for `events`."""
@@ -3081,55 +2911,98 @@ cdef class _Poller(_Referable):
         return [(self.ready[i].fd, self.ready[i].events) for i in range(n)]
 
     def fileno(self):
-        """Return the poller's own file descriptor."""
+        """Return a file descriptor that is readable when there are events."""
         if self.handle < 0:
             raise ValueError("the poller is closed")
-        return self.handle
+        if self.outer < 0:
+            watched = self.watched
+            self.outer = self.open_set()
+            self.watched = watched
+            try:
+                self.enclose()
+            except BaseException:
+                close(self.outer)
+                self.outer = -1
+                raise
+        return self.outer
 
     def close(self):
-        """Close the poller; nothing the second time."""
-        if self.handle >= 0:
-            close(self.handle)
-        self.handle = -1
+        """Close the poller; does nothing the second time."""
+        if self.witness is not None:
+            self.witness.close()
+        _close_sets(self)
 
     cdef int leave(self) except -1:
-        self.close()
-        return 0
+        if self.witness is not None:
+            self.witness.leave()
+        _close_sets(self)
 
     cdef int renew(self, _Table table) except -1:
-        raise NotImplementedError
+        cdef int old = self.handle
+        cdef dict watched = self.watched
+        self.handle = self.open_set()
+        try:
+            _fill(self, table)
+            if self.outer >= 0:
+                self.enclose()
+        except BaseException:
+            close(self.handle)
+            self.handle, self.watched = old, watched
+            raise
+        if old >= 0:
+            close(old)
 
+    # The rest of the contract, for a witness that knows nothing but what is open.
+
+    cdef int open_set(self) except -2: return -1
+    cdef int enclose(self) except -1: return 0
     cdef int add(self, int fd, uint32_t events, uint32_t generation) except -1:
-        raise NotImplementedError
+        return 0
 
     cdef int modify_(self, int fd, uint32_t events, uint32_t generation) except -1:
-        raise NotImplementedError
+        return 0
 
-    cdef int drop(self, int fd) except -1:
-        raise NotImplementedError
-
-    cdef bint has_lost(self, int fd) except -1:
-        raise NotImplementedError
-
-    cdef int wait(self, int64_t ns) except -1:
-        raise NotImplementedError
+    cdef int drop(self, int fd) except -1: return 0
+    cdef bint has_lost(self, int fd) except -1: return check(fcntl(fd, F_GETFD)) < 0
+    cdef int wait(self, int64_t ns) except -1: return 0
 
 
-cdef int _widen(_Poller poller) except -1:
-    """Make room for twice as many events."""
-    poller.ready = <_Ready *>reallocate(
-        poller.ready, 2 * poller.room * sizeof(_Ready))
-    poller.room *= 2
-    return 0
+cdef void _close_sets(_Poller poller) noexcept:
+    if poller.handle >= 0:
+        close(poller.handle)
+    if poller.outer >= 0:
+        close(poller.outer)
+    poller.handle = poller.outer = -1
+
+
+cdef bint _is_native(object impl) except -1:
+    """Tell whether it is a poller of ours, with no method of it overridden."""
+    if not isinstance(impl, (_EPoll, _KQueue, _Select)):
+        return False
+    for name in ("register", "modify", "unregister", "poll"):
+        if getattr(type(impl), name) is not getattr(_Poller, name):
+            return False
+    return True
+
+
+cdef bint _has_lost(_Poller poller, int fd) except -1:
+    """Tell whether the number is no longer that of the open file that was added."""
+    cdef int error = 0
+    try:
+        return poller.has_lost(fd)
+    except OSError as raised:
+        error = raised.errno
+    # Of one that can't be polled, or of none at all; else nobody knows.
+    return error == EPERM or fcntl(fd, F_GETFD) == -1
 
 
 cdef inline int _note(_Poller poller, int n, int fd, uint32_t events,
                       uint32_t generation) except -1:
     """Put the n-th event into the array; return n + 1."""
     if n == poller.room:
-        _widen(poller)
-    poller.ready[n].fd = fd
-    poller.ready[n].events = events
+        poller.ready = <_Ready *>reallocate(poller.ready, 2 * n * sizeof(_Ready))
+        poller.room = 2 * n
+    poller.ready[n].fd, poller.ready[n].events = fd, events
     poller.ready[n].generation = generation
     return n + 1
 
@@ -3140,14 +3013,18 @@ cdef int _fill(_Poller poller, _Table table) except -1:
     cdef int fd
     for fd in range(<int>table.size):
         slot = &table.slots[fd]
-        if slot.generation and slot.events and fd != poller.handle:
+        if slot.generation and not slot.lost and not _is_own(poller, fd):
             try:
-                poller.add(fd, slot.events, slot.generation)
+                poller.add(fd, 0 if slot.muted else slot.events, slot.generation)
             except OSError as error:
                 if error.errno not in (EBADF, EPERM):
                     raise
                 # It was closed: as if the kernel had dropped it.
-    return 0
+
+
+cdef bint _is_own(_Poller poller, int fd) noexcept:
+    return fd in (poller.handle, poller.outer) or (
+        poller.witness is not None and _is_own(poller.witness, fd))
 
 
 cdef inline timespec as_timespec(int64_t ns) noexcept nogil:
@@ -3156,24 +3033,10 @@ cdef inline timespec as_timespec(int64_t ns) noexcept nogil:
     return t
 
 
-cdef int identify(int fd, _Identity *identity) except -1:
-    """Which open file `fd` is; a regular one is refused, as epoll does."""
-    cdef struct_stat status
-    check(fstat(fd, &status))
-    if S_ISREG(status.st_mode) or S_ISDIR(status.st_mode):
-        raise not_pollable(fd)
-    identity.device, identity.inode = status.st_dev, status.st_ino
-    return 0
-
-
-cdef inline bint is_same_file(_Identity *one, _Identity *other) noexcept:
-    return one.device == other.device and one.inode == other.inode
-
-
 cdef object not_pollable(int fd):
     return PermissionError(
-        EPERM, f"fd {fd} can't be polled: a regular file or directory is always "
-        "ready; use it from a callback, or from a thread")
+        EPERM, f"fd {fd} can't be polled: a regular file, a directory or a device like "
+        "/dev/null is always ready; use it from a callback, or from a thread")
 
 
 # Facts about epoll
@@ -3182,9 +3045,10 @@ cdef object not_pollable(int fd):
 #   drops it when the last duplicate is closed, not when the fd is: hence ENOENT
 #   and EEXIST where the fd's number is used again, and events for an fd that is
 #   closed.  The 64 bits of data that come back tell which registration it was.
-# - ERR and HUP are always reported, even if nothing is asked for.
+# - ERR and HUP are always reported, even if nothing is asked for; with ONESHOT just
+#   once, after which the fd stays in the set, where it is not heard.
 # - Regular files get EPERM.
-# - epoll_wait counts in milliseconds.  epoll_pwait2 (5.11) in nanoseconds, but a
+# - epoll_wait counts in milliseconds, epoll_pwait2 (5.11) in nanoseconds, but a
 #   seccomp filter may refuse it with EPERM, as an old kernel does with ENOSYS.
 
 cdef class _EPoll(_Poller):
@@ -3198,29 +3062,17 @@ cdef class _EPoll(_Poller):
         self.buffer_room = 256
         self.buffer = <epoll_event *>reallocate(
             NULL, self.buffer_room * sizeof(epoll_event))
-        self.handle = above_stdio(check(epoll_create1(EPOLL_CLOEXEC)))
-        self.maskable = True
+        self.handle = self.open_set()
+        self.oneshot = True
 
     def __dealloc__(self):
         free(self.buffer)
 
-    cdef int renew(self, _Table table) except -1:
-        cdef int old = self.handle
-        self.handle = above_stdio(check(epoll_create1(EPOLL_CLOEXEC)))
-        try:
-            _fill(self, table)
-            if old >= 0:
-                # The number stays: another loop may watch it.  (An epoll of its does
-                # not notice, and has to be told anew.)
-                check(dup3(self.handle, old, O_CLOEXEC))
-        except BaseException:
-            close(self.handle)
-            self.handle = old
-            raise
-        if old >= 0:
-            close(self.handle)
-            self.handle = old
-        return 0
+    cdef int open_set(self) except -2:
+        return above_stdio(check(epoll_create1(EPOLL_CLOEXEC)))
+
+    cdef int enclose(self) except -1:
+        check(_control(self.outer, EPOLL_CTL_ADD, self.handle, READ, 0))
 
     cdef int add(self, int fd, uint32_t events, uint32_t generation) except -1:
         if _control(self.handle, EPOLL_CTL_ADD, fd, events, generation) == -1:
@@ -3229,35 +3081,37 @@ cdef class _EPoll(_Poller):
             if errno != EEXIST:
                 PyErr_SetFromErrno(OSError)
             check(_control(self.handle, EPOLL_CTL_MOD, fd, events, generation))
-        return 0
 
     cdef int modify_(self, int fd, uint32_t events, uint32_t generation) except -1:
         if _control(self.handle, EPOLL_CTL_MOD, fd, events, generation) == -1:
             if errno != ENOENT:
                 PyErr_SetFromErrno(OSError)
             check(_control(self.handle, EPOLL_CTL_ADD, fd, events, generation))
-        return 0
 
     cdef int drop(self, int fd) except -1:
         _control(self.handle, EPOLL_CTL_DEL, fd, 0, 0)
-        return 0
 
     cdef bint has_lost(self, int fd) except -1:
-        # Only the kernel knows: it lets an fd in only if it has it not.
+        # Only the kernel knows: it lets an fd in only if it does not have it.
         if _control(self.handle, EPOLL_CTL_ADD, fd, 0, 0) == -1:
             if errno == EEXIST:
                 return False
             if errno == EPERM:
                 raise not_pollable(fd)
             PyErr_SetFromErrno(OSError)
-        return True
+        return self.drop(fd) == 0
 
     cdef int wait(self, int64_t ns) except -1:
         cdef epoll_event *event
+        cdef void *buffer
         cdef int i, count, n = 0
         if self.handle < 0:
             raise ValueError("the poller is closed")
-        count = _wait_epoll(self, ns)
+        if ns == 0:
+            count = epoll_wait(self.handle, self.buffer, self.buffer_room, 0)
+        else:
+            with nogil:
+                count = _sleep_in_epoll(self, ns)
         self.interrupted = count == -1 and errno == EINTR
         if self.interrupted:
             return 0
@@ -3267,7 +3121,9 @@ cdef class _EPoll(_Poller):
             n = _note(self, n, <int><uint32_t>event.data.u64, event.events,
                       <uint32_t>(event.data.u64 >> 32))
         if count == self.buffer_room:
-            _widen_buffer(self)
+            buffer = realloc(self.buffer, 2 * count * sizeof(epoll_event))
+            if buffer != NULL:  # else the rest of the events comes with the next poll
+                self.buffer, self.buffer_room = <epoll_event *>buffer, 2 * count
         return n
 
 
@@ -3275,39 +3131,25 @@ cdef inline int _control(int epoll, int op, int fd, uint32_t events,
                          uint32_t generation) noexcept nogil:
     cdef epoll_event event
     memset(&event, 0, sizeof(event))
-    event.events = events
+    event.events = events or ONESHOT
     event.data.u64 = <uint64_t>generation << 32 | <uint32_t>fd
     return epoll_ctl(epoll, op, fd, &event)
 
 
-cdef int _wait_epoll(_EPoll poller, int64_t ns) noexcept:
-    """epoll_wait, in nanoseconds; the GIL is released unless ns is 0."""
-    cdef int room = poller.buffer_room, count = -1
-    cdef const sigset_t *mask = &poller.mask if poller.masked else NULL
-    cdef timespec timeout
-    if ns == 0:
-        return epoll_wait(poller.handle, poller.buffer, room, 0)
-    with nogil:
-        if ns == FOREVER:
-            return epoll_pwait(poller.handle, poller.buffer, room, -1, mask)
-        if not poller.coarse:
-            timeout = as_timespec(ns)
-            count = epoll_pwait2(poller.handle, poller.buffer, room, &timeout, mask)
-            if count >= 0 or (errno != ENOSYS and errno != EPERM):
-                return count
-            poller.coarse = True
-        ns = min(ns, 1000000 * <int64_t>(INT_MAX - 1))
-        return epoll_pwait(poller.handle, poller.buffer, room,
-                           <int>((ns + 999999) // 1000000), mask)
-
-
-cdef int _widen_buffer(_EPoll poller) except -1:
-    cdef void *buffer = realloc(
-        poller.buffer, 2 * poller.buffer_room * sizeof(epoll_event))
-    if buffer == NULL:
-        return 0  # the rest of the events comes with the next poll
-    poller.buffer, poller.buffer_room = <epoll_event *>buffer, 2 * poller.buffer_room
-    return 0
+cdef int _sleep_in_epoll(_EPoll poller, int64_t ns) noexcept nogil:
+    """epoll_wait, in nanoseconds."""
+    cdef int room = poller.buffer_room, count
+    cdef timespec timeout = as_timespec(max(ns, 0))
+    if ns == FOREVER:
+        return epoll_wait(poller.handle, poller.buffer, room, -1)
+    if not poller.coarse:
+        count = epoll_wait_ns(poller.handle, poller.buffer, room, &timeout)
+        if count >= 0 or (errno != ENOSYS and errno != EPERM):
+            return count
+        poller.coarse = True
+    ns = min(ns, 1000000 * <int64_t>(INT_MAX - 1))
+    return epoll_wait(poller.handle, poller.buffer, room,
+                      <int>((ns + 999999) // 1000000))
 
 
 # Facts about kqueue
@@ -3318,114 +3160,128 @@ cdef int _widen_buffer(_EPoll poller) except -1:
 # - EV_EOF on the READ filter comes with data still unread: it is READ, and the
 #   end is where read() says so.  On the WRITE filter it is a refused connection
 #   or a reader that has gone: ERROR, and nothing can be written.
-# - The kernel drops the filters of an fd that is closed: deleting one answers
-#   ENOENT, enabling one too, which tells that it was lost.
+# - The kernel drops the filters of an fd that is closed: to enable or disable one fails
+#   with ENOENT then, which tells that it was lost.  So each fd has a filter, which is
+#   disabled where no event is asked for.
 # - A kqueue is not inherited by a forked child.
 # - Regular files are accepted and always ready; refused here, as by epoll.
+
+cdef enum:
+    DISABLED = 1 << 29          # a READ filter that stands for no event at all
+
 
 cdef class _KQueue(_Poller):
     """The poller on BSD's and macOS's kqueue."""
 
     cdef kevent_t *buffer
     cdef int buffer_room
-    cdef dict watched           # fd: its events
     cdef int *position          # by fd: its event in `ready`, if that is of this fd
     cdef int positions
 
     def __cinit__(self, *args):
-        self.watched = {}
         self.buffer_room = 256
         self.buffer = <kevent_t *>reallocate(NULL, self.buffer_room * sizeof(kevent_t))
-        _open_kqueue(self)
+        self.handle = self.open_set()
 
     def __dealloc__(self):
         free(self.buffer)
         free(self.position)
 
     cdef int leave(self) except -1:
-        self.handle = -1  # not inherited: the number may be somebody else's
-        return 0
+        self.handle = self.outer = -1  # not inherited: the numbers may be others' now
 
-    cdef int renew(self, _Table table) except -1:
-        cdef int old = self.handle
-        cdef dict watched = self.watched
-        _open_kqueue(self)
+    cdef int open_set(self) except -2:
+        cdef int handle = above_stdio(check(kqueue()))
+        check(fcntl(handle, F_SETFD, FD_CLOEXEC))
         self.watched = {}
-        try:
-            _fill(self, table)
-        except BaseException:
-            close(self.handle)
-            self.handle, self.watched = old, watched
-            raise
-        if old >= 0:
-            close(old)
-        return 0
+        return handle
+
+    cdef int enclose(self) except -1:
+        check(_change(self.outer, self.handle, EVFILT_READ, EV_ADD, 0))
 
     cdef int add(self, int fd, uint32_t events, uint32_t generation) except -1:
-        cdef _Identity identity
-        identify(fd, &identity)
+        cdef struct_stat status
+        if fd == self.outer and not _change(fd, self.handle, EVFILT_READ, EV_ENABLE, 0):
+            raise OSError(EINVAL, "the loop can't watch itself")
+        check(fstat(fd, &status))
+        if S_ISREG(status.st_mode) or S_ISDIR(status.st_mode):
+            raise not_pollable(fd)
         return self.modify_(fd, events, generation)
 
     cdef int modify_(self, int fd, uint32_t events, uint32_t generation) except -1:
+        cdef uint32_t filters = events & (READ | WRITE) or READ | DISABLED
+        cdef uint32_t old = self.watched.get(fd, 0)
+        cdef short switch = EV_DISABLE if filters & DISABLED else EV_ENABLE
+        cdef int room
         check(fcntl(fd, F_GETFD))
-        _make_positions(self, fd + 1)
-        _set_filters(self, fd, events, generation, self.watched.get(fd, 0))
-        self.watched[fd] = events
-        return 0
+        if fd >= self.positions:
+            room = 2 * (fd + 32)
+            self.position = <int *>reallocate(self.position, room * sizeof(int))
+            memset(&self.position[self.positions], 0,
+                   (room - self.positions) * sizeof(int))
+            self.positions = room
+        # All or nothing: first those that are wanted, then away with the others.
+        if filters & WRITE:
+            check(_change(self.handle, fd, EVFILT_WRITE, EV_ADD, generation))
+        if filters & READ and _change(
+                self.handle, fd, EVFILT_READ, EV_ADD | switch, generation) == -1:
+            try:
+                PyErr_SetFromErrno(OSError)
+            finally:
+                if filters & ~old & WRITE:
+                    _change(self.handle, fd, EVFILT_WRITE, EV_DELETE, 0)
+        if old & ~filters & READ:
+            _change(self.handle, fd, EVFILT_READ, EV_DELETE, 0)
+        if old & ~filters & WRITE:
+            _change(self.handle, fd, EVFILT_WRITE, EV_DELETE, 0)
+        self.watched[fd] = filters
 
     cdef int drop(self, int fd) except -1:
-        cdef uint32_t events = self.watched.pop(fd, 0)
-        if events & READ:
+        cdef uint32_t filters = self.watched.pop(fd, 0)
+        if filters & READ:
             _change(self.handle, fd, EVFILT_READ, EV_DELETE, 0)
-        if events & WRITE:
+        if filters & WRITE:
             _change(self.handle, fd, EVFILT_WRITE, EV_DELETE, 0)
-        return 0
 
     cdef bint has_lost(self, int fd) except -1:
-        cdef uint32_t events = self.watched.get(fd, 0)
-        cdef short which = EVFILT_READ if events & READ else EVFILT_WRITE
-        if not events & (READ | WRITE):
-            return False
-        return _change(self.handle, fd, which, EV_ENABLE, 0) == -1 and errno == ENOENT
+        cdef uint32_t filters = self.watched.get(fd, 0)
+        cdef short which = EVFILT_READ if filters & READ else EVFILT_WRITE
+        cdef short as_it_is = EV_DISABLE if filters & DISABLED else EV_ENABLE
+        return _change(self.handle, fd, which, as_it_is, 0) == -1 and (
+            errno == ENOENT or errno == EBADF)
 
     cdef int wait(self, int64_t ns) except -1:
-        cdef int i, count, n = 0
+        cdef timespec timeout = as_timespec(max(ns, 0))
+        cdef timespec *limit = NULL if ns == FOREVER else &timeout
+        cdef uint32_t events, generation
+        cdef int fd, at, i, count, n = 0
         if self.handle < 0:
             raise ValueError("the poller is closed")
-        count = _wait_kqueue(self, ns)
+        if ns == 0:
+            count = kevent(self.handle, NULL, 0, self.buffer, self.buffer_room, limit)
+        else:
+            with nogil:
+                count = kevent(self.handle, NULL, 0, self.buffer, self.buffer_room,
+                               limit)
         self.interrupted = count == -1 and errno == EINTR
         if self.interrupted:
             return 0
         check(count)
         for i in range(count):
-            n = _note_kevent(self, n, &self.buffer[i])
+            fd = <int>self.buffer[i].ident
+            generation = <uint32_t><uintptr_t>self.buffer[i].udata
+            events = READ if self.buffer[i].filter == EVFILT_READ else WRITE
+            if self.buffer[i].flags & EV_ERROR or (
+                    self.buffer[i].flags & EV_EOF and events == WRITE):
+                events = ERROR
+            at = self.position[fd]
+            if (at < n and self.ready[at].fd == fd
+                    and self.ready[at].generation == generation):
+                self.ready[at].events |= events
+            else:
+                self.position[fd] = n
+                n = _note(self, n, fd, events, generation)
         return n
-
-
-cdef int _open_kqueue(_KQueue poller) except -1:
-    cdef int handle = above_stdio(check(kqueue()))
-    check(fcntl(handle, F_SETFD, FD_CLOEXEC))
-    poller.handle = handle
-    return 0
-
-
-cdef int _set_filters(_KQueue poller, int fd, uint32_t events, uint32_t generation,
-                      uint32_t old) except -1:
-    """Add the filters of `events`, delete those of `old` that are not in it."""
-    if events & READ:
-        check(_change(poller.handle, fd, EVFILT_READ, EV_ADD, generation))
-    if events & WRITE and _change(
-            poller.handle, fd, EVFILT_WRITE, EV_ADD, generation) == -1:
-        try:
-            PyErr_SetFromErrno(OSError)
-        finally:
-            if events & ~old & READ:
-                _change(poller.handle, fd, EVFILT_READ, EV_DELETE, 0)
-    if old & ~events & READ:
-        _change(poller.handle, fd, EVFILT_READ, EV_DELETE, 0)
-    if old & ~events & WRITE:
-        _change(poller.handle, fd, EVFILT_WRITE, EV_DELETE, 0)
-    return 0
 
 
 cdef int _change(int kq, int fd, short which, unsigned short flags,
@@ -3441,70 +3297,45 @@ cdef int _change(int kq, int fd, short which, unsigned short flags,
     return rc
 
 
-cdef int _wait_kqueue(_KQueue poller, int64_t ns) noexcept:
-    cdef timespec timeout = as_timespec(max(ns, 0))
-    cdef timespec *limit = NULL if ns == FOREVER else &timeout
-    if ns == 0:
-        return kevent(poller.handle, NULL, 0, poller.buffer, poller.buffer_room, limit)
-    with nogil:
-        return kevent(poller.handle, NULL, 0, poller.buffer, poller.buffer_room, limit)
-
-
-cdef int _note_kevent(_KQueue poller, int n, kevent_t *event) except -1:
-    cdef int fd = <int>event.ident
-    cdef uint32_t generation = <uint32_t><uintptr_t>event.udata
-    cdef uint32_t events = READ if event.filter == EVFILT_READ else WRITE
-    cdef int i
-    if event.flags & EV_ERROR or (event.flags & EV_EOF and events == WRITE):
-        events = ERROR
-    i = poller.position[fd]
-    if i < n and poller.ready[i].fd == fd and poller.ready[i].generation == generation:
-        poller.ready[i].events |= events
-        return n
-    poller.position[fd] = n
-    return _note(poller, n, fd, events, generation)
-
-
-cdef int _make_positions(_KQueue poller, int count) except -1:
-    if count > poller.positions:
-        count = max(count, 2 * poller.positions, 64)
-        poller.position = <int *>reallocate(poller.position, count * sizeof(int))
-        memset(&poller.position[poller.positions], 0,
-               (count - poller.positions) * sizeof(int))
-        poller.positions = count
-    return 0
-
-
 # Facts about select
 #
 # - An fd_set is a bit array of FD_SETSIZE: a larger fd would be written to
 #   somewhere else in memory.
 # - One closed fd fails the whole call with EBADF, and it does not say which.
-# - What is watched is whatever the number refers to now: a number used again is
-#   told from the old one by its device and inode.
+# - What is watched is whatever the number refers to now.  Whether that is the file that
+#   was added, no property of it tells: a witness does, another poller that has the same
+#   fds and is never asked for events.
 # - It knows no hang-up: a closed peer is READ, a refused connection READ | WRITE.
 # - Exceptional conditions are out-of-band data: PRI.
 
 cdef struct _Watched:
-    uint32_t events, generation
-    _Identity identity
+    bint known
+    uint32_t generation
+
+
+cdef _Poller _new_witness():
+    """A poller that is never asked for events; one that knows nothing if need be."""
+    try:
+        return _EPoll() if HAVE_EPOLL else _KQueue() if HAVE_KQUEUE else _Poller()
+    except OSError as error:
+        if error.errno not in (ENOSYS, EPERM):
+            raise
+    return _Poller()
 
 
 cdef class _Select(_Poller):
     """The poller on select(2), for where there is nothing else."""
 
     cdef _Watched *watched      # by fd
-    cdef fd_set reads, writes, others
+    cdef fd_set[3] sets         # for READ, WRITE and PRI
     cdef int end                # all fds are below
 
     def __cinit__(self, *args):
         self.watched = <_Watched *>calloc(FD_SETSIZE, sizeof(_Watched))
         if self.watched == NULL:
             raise MemoryError
-        FD_ZERO(&self.reads)
-        FD_ZERO(&self.writes)
-        FD_ZERO(&self.others)
-        self.maskable = True
+        memset(self.sets, 0, sizeof(self.sets))
+        self.witness = _new_witness()
 
     def __dealloc__(self):
         free(self.watched)
@@ -3516,76 +3347,75 @@ cdef class _Select(_Poller):
 
     def close(self):
         """Forget everything."""
+        _Poller.close(self)
         memset(self.watched, 0, FD_SETSIZE * sizeof(_Watched))
-        FD_ZERO(&self.reads)
-        FD_ZERO(&self.writes)
-        FD_ZERO(&self.others)
+        memset(self.sets, 0, sizeof(self.sets))
         self.end = 0
-
-    cdef int leave(self) except -1:
-        return 0
 
     cdef int renew(self, _Table table) except -1:
         cdef int fd
+        self.witness.renew(table)
         for fd in range(self.end):
             if _slot(table, fd) == NULL:
                 self.drop(fd)
         return _fill(self, table)
 
     cdef int add(self, int fd, uint32_t events, uint32_t generation) except -1:
-        return self.modify_(fd, events, generation)
-
-    cdef int modify_(self, int fd, uint32_t events, uint32_t generation) except -1:
-        cdef _Identity identity
         if fd >= FD_SETSIZE:
             raise ValueError(f"fd {fd} is too large for select: "
                              f"FD_SETSIZE is {FD_SETSIZE}")
-        identify(fd, &identity)
-        self.drop(fd)
-        if events & READ:
-            FD_SET(fd, &self.reads)
-        if events & WRITE:
-            FD_SET(fd, &self.writes)
-        if events & PRI:
-            FD_SET(fd, &self.others)
-        self.watched[fd].events, self.watched[fd].generation = events, generation
-        self.watched[fd].identity = identity
+        self.witness.add(fd, 0, 0)
+        self.put(fd, events)
+        self.watched[fd].known, self.watched[fd].generation = True, generation
         self.end = max(self.end, fd + 1)
-        return 0
+
+    cdef int modify_(self, int fd, uint32_t events, uint32_t generation) except -1:
+        return self.add(fd, events, generation)
 
     cdef int drop(self, int fd) except -1:
         if fd < FD_SETSIZE:
-            FD_CLR(fd, &self.reads)
-            FD_CLR(fd, &self.writes)
-            FD_CLR(fd, &self.others)
-            self.watched[fd].events = 0
-        while self.end and self.watched[self.end - 1].events == 0:
+            self.witness.drop(fd)
+            self.put(fd, 0)
+            self.watched[fd].known = False
+        while self.end and not self.watched[self.end - 1].known:
             self.end -= 1
-        return 0
+
+    cdef void put(self, int fd, uint32_t events) noexcept:
+        cdef uint32_t *bits = [READ, WRITE, PRI]
+        cdef int i
+        for i in range(3):
+            if events & bits[i]:
+                FD_SET(fd, &self.sets[i])
+            else:
+                FD_CLR(fd, &self.sets[i])
 
     cdef bint has_lost(self, int fd) except -1:
-        return not _is_open(self, fd)
+        return _has_lost(self.witness, fd)
 
     cdef int wait(self, int64_t ns) except -1:
-        cdef fd_set reads = self.reads, writes = self.writes, others = self.others
+        cdef fd_set reads = self.sets[0], writes = self.sets[1], others = self.sets[2]
         cdef timespec timeout = as_timespec(max(ns, 0))
         cdef timespec *limit = NULL if ns == FOREVER else &timeout
-        cdef const sigset_t *mask = &self.mask if self.masked else NULL
         cdef int fd, n = 0, count, end = self.end
         cdef uint32_t events
         with nogil:
-            count = pselect(end, &reads, &writes, &others, limit, mask)
+            count = pselect(end, &reads, &writes, &others, limit, NULL)
         self.interrupted = count == -1 and errno == EINTR
         if self.interrupted:
             return 0
         if count == -1 and errno == EBADF:
-            return _drop_closed(self)
+            # One was closed.  Each of those is dropped, and told so by one ERROR.
+            for fd in range(end):
+                if self.watched[fd].known and _has_lost(self.witness, fd):
+                    n = _note(self, n, fd, ERROR, self.watched[fd].generation)
+                    self.drop(fd)
+            return n
         check(count)
         for fd in range(end if count else 0):
             events = (READ if FD_ISSET(fd, &reads) else 0) | (
                 WRITE if FD_ISSET(fd, &writes) else 0) | (
                 PRI if FD_ISSET(fd, &others) else 0)
-            if events and not _is_open(self, fd):
+            if events and _has_lost(self.witness, fd):
                 self.drop(fd)
                 events = ERROR
             if events:
@@ -3593,32 +3423,9 @@ cdef class _Select(_Poller):
         return n
 
 
-cdef bint _is_open(_Select poller, int fd) noexcept:
-    """Tell whether an fd still is the file that was added."""
-    cdef struct_stat status
-    cdef _Identity identity
-    if fstat(fd, &status) == -1:
-        return False
-    identity.device, identity.inode = status.st_dev, status.st_ino
-    return is_same_file(&identity, &poller.watched[fd].identity)
-
-
-cdef int _drop_closed(_Select poller) except -1:
-    """Drop the fds that were closed; each is told so by one ERROR."""
-    cdef int fd, n = 0
-    for fd in range(poller.end):
-        if poller.watched[fd].events and not _is_open(poller, fd):
-            n = _note(poller, n, fd, ERROR, poller.watched[fd].generation)
-            poller.drop(fd)
-    return n
-
-
 # A Python object given as `impl`.  Its events have no generation: they are for
-# whoever has the fd when they are collected.
-
-cdef enum:
-    MOST_FDS = 1 << 24      # a kernel would refuse far fewer
-
+# whoever has the fd when they are collected.  What it does not know either, whether a
+# number was closed and used again, a witness does.
 
 @cython.final
 @cython.internal
@@ -3633,10 +3440,15 @@ cdef class _Foreign(_Poller):
         for name in ("register", "modify", "unregister", "poll"):
             if not callable(getattr(impl, name, None)):
                 raise TypeError(f"impl has no method {name}(): {impl!r}")
-        if type(impl).__module__ == "select" and type(impl).__name__ == "poll":
-            raise TypeError("select.poll() counts in milliseconds, and impl in seconds")
+        for cls in type(impl).__mro__:
+            if "poll" in vars(cls):
+                if cls.__name__ == "poll" or cls.__module__.partition(".")[0] == "zmq":
+                    raise TypeError(f"impl counts in seconds, and {cls.__module__}."
+                                    f"{cls.__name__} in milliseconds")
+                break
         self.impl = impl
-        self.foreign = True
+        self.foreign = self.oneshot = True
+        self.witness = _new_witness()
 
     def fileno(self):
         if not hasattr(self.impl, "fileno"):
@@ -3645,11 +3457,9 @@ cdef class _Foreign(_Poller):
         return self.impl.fileno()
 
     def close(self):
+        _Poller.close(self)
         if hasattr(self.impl, "close"):
             self.impl.close()
-
-    cdef int leave(self) except -1:
-        return 0
 
     def reinit(self):
         """In a forked child: a set of its own, empty."""
@@ -3658,34 +3468,45 @@ cdef class _Foreign(_Poller):
         self.impl.reinit()
 
     cdef int renew(self, _Table table) except -1:
+        self.witness.renew(table)
         return _fill(self, table)
 
     cdef int add(self, int fd, uint32_t events, uint32_t generation) except -1:
-        if fd >= MOST_FDS:
+        if fd >= 1 << 24:  # a kernel would refuse far fewer
             raise OverflowError(f"file descriptor too large: {fd}")
+        try:
+            self.witness.add(fd, 0, 0)
+        except OSError:
+            pass  # the impl may know better, or it is no real one
         if events:
             try:
                 self.impl.register(fd, events | ERROR)
             except FileExistsError:
                 self.impl.modify(fd, events | ERROR)
-        return 0
 
     cdef int modify_(self, int fd, uint32_t events, uint32_t generation) except -1:
+        cdef _Slot *slot = _slot(self.table, fd)
+        if not events:
+            self.drop(fd)
+        if not events or slot != NULL and (slot.muted or not slot.events):
+            return self.add(fd, events, generation)
         try:
             self.impl.modify(fd, events | ERROR)
         except FileNotFoundError:
             self.impl.register(fd, events | ERROR)
-        return 0
 
     cdef int drop(self, int fd) except -1:
+        self.witness.drop(fd)
         try:
             self.impl.unregister(fd)
         except Exception:
             pass  # closed before it was removed, most likely
-        return 0
 
     cdef bint has_lost(self, int fd) except -1:
-        return False
+        try:
+            return self.witness.has_lost(fd)
+        except OSError:
+            return False
 
     cdef int wait(self, int64_t ns) except -1:
         cdef int n = 0, fd
@@ -3708,270 +3529,350 @@ cdef class _Foreign(_Poller):
         return n
 
 
-if HAVE_EPOLL:
-    _poll = _EPoll
-elif HAVE_KQUEUE:
-    _poll = _KQueue
-else:
-    _poll = _Select
+_poll = _EPoll if HAVE_EPOLL else _KQueue if HAVE_KQUEUE else _Select
 
 
-# -- Watchdog ------------------------------------------------------------------
+# -- Watcher -------------------------------------------------------------------
 #
-# The loop only counts its iterations and says when it sleeps, which costs next to
-# nothing.  Four times within the threshold somebody looks: a loop that is awake
-# and has not moved for four looks is blocked.  In the main thread that is a
-# signal handler in C, driven by a timer, which makes SIGALRM real for Python (or
-# deadly) only when the loop is blocked, and lets the timer rest when it sleeps;
-# elsewhere it is a thread.
+# A thread for each run of a loop that has a threshold.  It borrows nothing: the loop
+# counts its iterations and polls in any case, and says when it sleeps.  Four times
+# within the threshold the watcher looks, without the GIL: a loop that is awake and has
+# not moved for four looks is blocked.  It parks while the loop sleeps.
 
 cdef enum:
     LOOKS = 4
-    PAGE = 4096                 # no pointer is below
-
-cdef struct _Progress:
-    alarm_t timer
-    int64_t look                # nanoseconds between two
-    int moves                   # of the loop
-    int idle                    # it sleeps
-    int seen                    # what the last look saw of `moves`
-    int quiet                   # looks that saw no move
-    int armed                   # the timer runs
-    int fatal
+    LOOKING = 1             # the watcher waits for the next look,
+    PARKED = 2              # or for the loop to wake up
+    PATIENCE = 1            # seconds for an action that is still running
 
 
 @cython.final
 @cython.internal
-cdef class _Watchdog:
-    """What to do when the loop blocks, and what was there before."""
+cdef class _Watcher:
+    """What the thread shares with the one that runs the loop."""
 
-    cdef int64_t threshold      # nanoseconds; 0 is off
-    cdef object action
-    cdef bint by_signal         # nothing else will do
-    cdef bint on, alarmed
-    cdef _Progress progress
-    cdef object old_handler     # SIGALRM's
-    cdef sigaction_t old_action
-    cdef itimerval old_timer    # ITIMER_REAL's
-    cdef int64_t since
-    cdef object thread, leave   # the one that looks; a lock: it shall end
+    cdef IOLoop loop
+    cdef unsigned long ident    # of the loop's thread
+    cdef uint64_t seen          # iterations and polls at the last look
+    cdef int quiet              # looks since then that saw no more
+    cdef bint fatal             # the process is to be killed
+    cdef PyThread_type_lock lock
+    cdef int waiting            # whoever sets it to 0 releases the lock
+    cdef int ended              # the run is over
+    cdef object thread
+    cdef bint sent              # SIGALRM is on its way
+    cdef object handler, old_handler    # SIGALRM's
+    cdef sigaction_t action, old_action
+
+    def __cinit__(self, IOLoop loop not None):
+        import threading
+        self.loop, self.ident = loop, loop.thread
+        self.fatal = loop.by_signal and loop.action is None
+        self.lock = PyThread_allocate_lock()
+        if self.lock == NULL:
+            raise MemoryError
+        PyThread_acquire_lock_timed(self.lock, -1, 0)
+        self.thread = threading.Thread(
+            target=self.run, name="ioloop watchdog", daemon=True)
+
+    def __dealloc__(self):
+        if self.lock != NULL:
+            PyThread_free_lock(self.lock)
+
+    def run(self):
+        cdef bint blocked = True
+        while blocked:
+            with nogil:
+                blocked = _watch(self)
+            if blocked and not _alert(self):
+                self.quiet = LOOKS - 1  # once more with the next look
+
+    def on_alarm(self, signum, frame):
+        """SIGALRM's handler where the program had one before, whose others are."""
+        cdef bint sent = self.sent
+        cdef int came
+        # Python calls this once for all that came meanwhile; each left a byte.
+        _on_doorbell(self.loop, self.loop.queue.door.reader, READ, NULL)
+        came, self.loop.alarms, self.sent = self.loop.alarms, 0, False
+        if not sent or came > 1:
+            self.old_handler(signum, frame)
+        if sent:
+            self.loop.action(signum, frame)
 
 
-cdef inline int _note_progress(IOLoop loop) noexcept:
-    cdef _Progress *progress = &loop.watchdog.progress
-    if loop.watchdog.on:
-        store(&progress.moves, progress.moves + 1)
-        if loop.watchdog.alarmed and not load(&progress.armed):
-            store(&progress.armed, 1)
-            set_alarm(progress.timer, progress.look)
-    return 0
+cdef bint _watch(_Watcher self) noexcept nogil:
+    """Look until the loop is found blocked; false if its run is over."""
+    cdef sigset_t alarm
+    cdef uint64_t moves
+    cdef bint due
+    while True:
+        due = _wait_to_look(self)
+        if load(&self.ended):
+            return False
+        moves = load64(&self.loop.iterations) + load64(&self.loop.polls)
+        if not due or load(&self.loop.queue.door.asleep) or moves != self.seen:
+            self.seen, self.quiet = moves, 0
+            continue
+        self.quiet += 1
+        if self.quiet == LOOKS:
+            if self.fatal:
+                # By SIGALRM, whatever the program has made of it.
+                sigemptyset(&alarm)
+                sigaddset(&alarm, SIGALRM)
+                default_signal(SIGALRM, SIG_DFL)
+                pthread_sigmask(SIG_UNBLOCK, &alarm, NULL)
+                raise_signal(SIGALRM)
+            return True
 
 
-cdef inline int _note_idle(IOLoop loop, bint idle) noexcept:
-    store(&loop.watchdog.progress.idle, idle)
-    if not idle:
-        _note_progress(loop)
-    return 0
+cdef bint _wait_to_look(_Watcher self) noexcept nogil:
+    """Wait for the next look (true), or until the loop wakes or ends (false)."""
+    cdef long long us = max(1, self.loop.threshold // (1000 * LOOKS))
+    cdef int how = PARKED if load(&self.loop.queue.door.asleep) else LOOKING
+    store(&self.waiting, how)
+    fence()
+    if load(&self.ended):
+        us = 0
+    elif how == PARKED and load(&self.loop.queue.door.asleep):
+        us = -1
+    if PyThread_acquire_lock_timed(self.lock, us, 0) == 1:
+        return False
+    if swap(&self.waiting, 0) == 0:  # the lock is just being released
+        PyThread_acquire_lock_timed(self.lock, -1, 0)
+        return False
+    return True
 
 
-cdef int _set_watchdog(IOLoop loop, object seconds, object action,
-                       bint by_signal) except -1:
-    cdef _Watchdog dog = loop.watchdog
+cdef void _unpark_watcher(_Watcher self) noexcept nogil:
+    """The loop is awake."""
+    fence()
+    if load(&self.waiting) == PARKED and swap(&self.waiting, 0):
+        PyThread_release_lock(self.lock)
+
+
+cdef bint _alert(_Watcher self) except -1:
+    """Tell of a blocked loop, unless a callback has SIGALRM for itself."""
+    cdef sigaction_t now
+    if not self.loop.by_signal:
+        try:
+            self.loop.log_stack(SIGALRM, sys._current_frames().get(self.ident))
+        except BaseException as error:
+            _unraisable(self.loop, error)
+        return True
+    if load64(&self.loop.iterations) + load64(&self.loop.polls) != self.seen:
+        return True  # it was blocked until we had the GIL
+    sigaction(SIGALRM, NULL, &now)
+    if (_signal.getsignal(SIGALRM) is not self.handler
+            or now.sa_handler != self.action.sa_handler):
+        # What has come so far is for the handler that is there.
+        _on_doorbell(self.loop, self.loop.queue.door.reader, READ, NULL)
+        self.loop.alarms = 0
+        return False
+    self.sent = True
+    _signal.pthread_kill(self.ident, SIGALRM)
+    return True
+
+
+cdef int _set_threshold(IOLoop loop, object seconds, bint by_signal,
+                        object action) except -1:
     cdef int64_t threshold = 0
     if seconds is not None:
         threshold = nanoseconds(seconds, True)
         if threshold <= 0:
             raise ValueError(f"a threshold must be positive, not {seconds!r}")
-        if by_signal and not HAVE_ALARM:
-            raise NotImplementedError("no POSIX timers for threads on this platform")
-    _stop_watchdog(loop)
-    dog.threshold, dog.action, dog.by_signal = threshold, action, by_signal
+    _stop_watcher(loop)
+    loop.threshold, loop.by_signal, loop.action = threshold, by_signal, action
     if loop.thread != 0:
-        _start_watchdog(loop)
-    return 0
+        _start_watcher(loop)
 
 
-cdef int _require_main_thread() except -1:
-    import threading
-    if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError("SIGALRM can be handled in the main thread only")
-    return 0
-
-
-cdef int _start_watchdog(IOLoop loop) except -1:
-    cdef _Watchdog dog = loop.watchdog
-    if dog.threshold == 0:
+cdef int _start_watcher(IOLoop loop) except -1:
+    cdef _Watcher self
+    if loop.threshold == 0:
         return 0
-    if dog.by_signal and not loop.in_main_thread:
+    if loop.by_signal and not loop.has_wakeup_fd:
         raise RuntimeError("a loop with a blocking signal threshold runs in the "
                            "main thread only")
-    memset(&dog.progress, 0, sizeof(_Progress))
-    dog.progress.look = max(1, dog.threshold // LOOKS)
-    dog.progress.fatal = dog.action is None
-    if loop.in_main_thread and HAVE_ALARM:
-        _start_alarm(dog)
-    else:
-        _start_watching(dog)
-    dog.on = True
-    _note_progress(loop)  # from now on, also if this is called in a callback
-    return 0
+    if type(sys.modules["_thread"].start_new_thread) is not type(len):
+        raise RuntimeError("a blocking threshold needs threads that are not patched")
+    self = _Watcher(loop)
+    if loop.action is not None:
+        sigaction(SIGALRM, NULL, &self.old_action)
+        self.old_handler = _signal.getsignal(SIGALRM)
+        handler = self.on_alarm if callable(self.old_handler) else loop.action
+        _signal.signal(SIGALRM, handler)  # which runs pending handlers before
+        _on_doorbell(loop, loop.queue.door.reader, READ, NULL)
+        loop.alarms = 0
+        self.handler = handler
+        sigaction(SIGALRM, NULL, &self.action)
+    loop.watcher = self
+    try:
+        self.thread.start()
+    except BaseException:
+        _stop_watcher(loop)
+        raise
 
 
-cdef int _stop_watchdog(IOLoop loop) except -1:
-    cdef _Watchdog dog = loop.watchdog
-    if not dog.on:
+cdef int _stop_watcher(IOLoop loop) except -1:
+    cdef _Watcher self = loop.watcher
+    cdef object error = None
+    if self is None:
         return 0
-    dog.on = False
-    if dog.alarmed:
-        _stop_alarm(dog)
-    else:
-        dog.leave.release()
-        dog.thread.join()
-        dog.thread = None
-    return 0
-
-
-cdef int _lose_watchdog(_Watchdog dog) except -1:
-    """In a forked child, which has no such timer or thread."""
-    dog.on = False
-    dog.thread = dog.leave = None
-    if dog.alarmed:
-        dog.alarmed = False
-        _restore_alarm(dog)
-    return 0
-
-
-cdef int _start_alarm(_Watchdog dog) except -1:
-    cdef sigaction_t action
-    cdef itimerval stopped
-    memset(&action, 0, sizeof(action))
-    memset(&stopped, 0, sizeof(stopped))
-    check(open_alarm(&dog.progress.timer, &dog.progress))
+    loop.watcher = None
+    store(&self.ended, 1)
+    fence()
+    if swap(&self.waiting, 0):
+        PyThread_release_lock(self.lock)
+    for _ in range(2):  # once more if a signal's handler raises
+        try:
+            if self.thread.is_alive():
+                self.thread.join(PATIENCE)
+            break
+        except BaseException as raised:
+            error = raised
     try:
-        sigaction(SIGALRM, NULL, &dog.old_action)
-        dog.old_handler = _signal.getsignal(SIGALRM)
-        if dog.action is not None:
-            _signal.signal(SIGALRM, dog.action)  # runs pending handlers before
-    except BaseException:
-        close_alarm(dog.progress.timer)
-        raise
-    dog.alarmed = True
-    dog.since = monotonic()
-    setitimer(ITIMER_REAL, &stopped, &dog.old_timer)
-    action.sa_sigaction = _on_alarm
-    action.sa_flags = SA_SIGINFO | SA_RESTART | SA_ONSTACK
-    sigemptyset(&action.sa_mask)
-    sigaction(SIGALRM, &action, NULL)
-    return 0
-
-
-cdef int _stop_alarm(_Watchdog dog) except -1:
-    """Put back what _start_alarm found."""
-    close_alarm(dog.progress.timer)
-    dog.alarmed = False
-    try:
-        PyErr_CheckSignals()  # while its handler is there
+        if error is not None:
+            raise error
+        PyErr_CheckSignals()  # while their handler is there
+        if self.sent and hasattr(_signal, "sigtimedwait"):
+            _signal.sigtimedwait((SIGALRM,), 0)  # a blocked one is not to come later
     finally:
-        _resume_timer(&dog.old_timer, (monotonic() - dog.since) // 1000)
-        _restore_alarm(dog)
-    return 0
+        _restore_alarm(self)
+        self.handler = self.thread = None
 
 
-cdef int _restore_alarm(_Watchdog dog) except -1:
-    """SIGALRM's handler, unless somebody has set another since."""
-    cdef object old = dog.old_handler
-    dog.old_handler = None
-    if _signal.getsignal(SIGALRM) is (old if dog.action is None else dog.action):
-        sigaction(SIGALRM, &dog.old_action, NULL)
-        if dog.action is not None and old is not None:
-            _set_signal(SIGALRM, old)
-    return 0
+cdef int _restore_alarm(_Watcher self) except -1:
+    """Put back SIGALRM's handler, unless somebody has set another since."""
+    if self.handler is None or _signal.getsignal(SIGALRM) is not self.handler:
+        return 0
+    if self.old_handler is not None:
+        try:
+            _signal.signal(SIGALRM, self.old_handler)
+        except BaseException:  # of a pending handler, which runs before
+            _signal.signal(SIGALRM, self.old_handler)
+            raise
+    sigaction(SIGALRM, &self.old_action, NULL)
 
 
-cdef int _set_signal(int signum, object handler) except -1:
-    """signal.signal(), that is not kept from it by what a pending handler raises."""
-    try:
-        _signal.signal(signum, handler)
-    except BaseException:
-        _signal.signal(signum, handler)
-        raise
-    return 0
+# -- Forks ---------------------------------------------------------------------
+#
+# A fork copies the memory as it is: so it takes the locks that threads without the GIL
+# may hold, and frees them on both sides.  The list of them is the module's only state
+# in C, since pthread_atfork() passes no argument.  The child gives up what it shares
+# with its parent at once, while the numbers are still those of the loop's files.
+
+cdef _Door *_doors = NULL
+cdef pthread_mutex_t _doors_lock
+
+pthread_mutex_init(&_doors_lock, NULL)
+pthread_atfork(_before_fork, _after_fork, _after_fork)
 
 
-cdef void _resume_timer(itimerval *timer, int64_t elapsed) noexcept:
-    """Let ITIMER_REAL go on where it would be, `elapsed` microseconds later."""
-    cdef int64_t left = (timer.it_value.tv_sec * <int64_t>1000000
-                         + timer.it_value.tv_usec)
-    if left:
-        left = max(1, left - elapsed)
-        timer.it_value.tv_sec, timer.it_value.tv_usec = left // 1000000, left % 1000000
-        setitimer(ITIMER_REAL, timer, NULL)
+cdef void _before_fork() noexcept nogil:
+    cdef _Door *door
+    pthread_mutex_lock(&_doors_lock)
+    door = _doors
+    while door != NULL:
+        pthread_mutex_lock(&door.lock)
+        door = door.next
 
 
-cdef bint _is_blocked(_Progress *progress) noexcept nogil:
-    """One look."""
-    cdef int moves = load(&progress.moves)
-    if load(&progress.idle) or moves != progress.seen:
-        progress.seen = moves
-        progress.quiet = 0
-        return False
-    progress.quiet += 1
-    return progress.quiet == LOOKS
+cdef void _after_fork() noexcept nogil:
+    cdef _Door *door = _doors
+    while door != NULL:
+        pthread_mutex_unlock(&door.lock)
+        door = door.next
+    pthread_mutex_unlock(&_doors_lock)
 
 
-cdef void _on_alarm(int signum, siginfo_t *info, void *context) noexcept nogil:
-    """The look of the timer, in a signal handler."""
-    cdef _Progress *progress
-    cdef int saved = errno
-    if info.si_code != SI_TIMER or <uintptr_t>info.si_value.sival_ptr < PAGE:
-        return  # not ours: by default a timer sends its number
-    progress = <_Progress *>info.si_value.sival_ptr
-    if load(&progress.idle):
-        store(&progress.armed, 0)       # the loop arms it when it wakes up
-    elif not _is_blocked(progress):
-        set_alarm(progress.timer, progress.look)
+cdef void _list_door(_Door *door, bint alive) noexcept nogil:
+    """Enter it into the list, or take it out."""
+    global _doors
+    cdef _Door **link = &_doors
+    pthread_mutex_lock(&_doors_lock)
+    if alive:
+        door.next, _doors = _doors, door
     else:
-        store(&progress.armed, 0)       # ... or moves
-        if progress.fatal:
-            default_signal(SIGALRM, SIG_DFL)
-            raise_signal(SIGALRM)       # kills when this handler returns
-        else:
-            PyErr_SetInterruptEx(SIGALRM)
-    (&errno)[0] = saved
+        while link[0] != door:
+            link = &link[0].next
+        link[0] = door.next
+    pthread_mutex_unlock(&_doors_lock)
 
 
-cdef int _start_watching(_Watchdog dog) except -1:
-    import threading
-    dog.leave = allocate_lock()
-    dog.leave.acquire()
-    dog.thread = threading.Thread(
-        target=_watch, args=(dog, get_ident()), name="ioloop watchdog", daemon=True)
-    dog.thread.start()
-    return 0
+def _after_fork_in_child():
+    outer = {}  # by our wakeup fds: those in whose place they are
+    loops = [reference() for reference in list(_loops.values())]
+    for _ in loops:  # one that runs inside of others has to be the first
+        for loop in loops:
+            if loop is not None and (<IOLoop>loop).watcher is not None:
+                _restore_alarm((<IOLoop>loop).watcher)
+    for loop in loops:
+        if loop is not None:
+            _orphan(loop, outer)
+    if outer:
+        fd = _signal.set_wakeup_fd(-1)
+        while fd in outer:
+            fd = outer.pop(fd)
+        _swap_wakeup_fd(fd)
 
 
-def _watch(_Watchdog dog not None, thread):
-    # The looks of a thread.
-    while not dog.leave.acquire(timeout=dog.progress.look / 1e9):
-        if _is_blocked(&dog.progress):
-            _bark(dog, sys._current_frames().get(thread))
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-cdef int _bark(_Watchdog dog, object frame) except -1:
-    try:
-        dog.action(SIGALRM, frame)
-    except Exception:
-        _unraisable(dog.action)
-    return 0
+cdef int _orphan(IOLoop loop, dict outer) except -1:
+    """Let go of what is the parent's."""
+    cdef _Door *door = loop.queue.door
+    if loop.has_wakeup_fd:
+        outer[door.writer] = loop.outer_wakeup
+    loop.forked = True
+    loop.has_wakeup_fd = False
+    store(&door.asleep, 0)
+    _forget(loop.table, door.reader)
+    _close_bell(door)
+    loop.poller.leave()
+    loop.watcher = None
+
+
+cdef int _reinit(IOLoop loop) except -1:
+    """Replace what a child shared with its parent."""
+    cdef _Door *door = loop.queue.door
+    cdef _Handler handler
+    cdef int fd
+    if loop.poller.foreign:
+        (<_Foreign>loop.poller).reinit()
+    _open_door(door)
+    loop.poller.renew(loop.table)
+    loop.poller.kept = 0  # the new set tells of them again
+    # The child may have closed what it has handlers for: these numbers are ours now.
+    for fd in range(<int>loop.table.size):
+        if fd in (door.reader, door.writer) or _is_own(loop.poller, fd):
+            _forget(loop.table, fd)
+    _add_doorbell(loop)
+    if loop.thread != 0 and loop.thread != get_thread():
+        # The thread that ran the loop is not in this child: end what it had begun.
+        loop.thread = loop.timers.thread = 0
+        loop.outer = None
+        loop.timers.passing = False
+        _add_late(loop.timers)
+        # It may have been inside of a context, which nobody will leave now.
+        loop.blank = new_context()
+        for _, handler in _registrations(loop):
+            if handler.context is not None:
+                handler.context = handler.context.copy()
+    loop.forked = False
+    if loop.thread != 0:
+        _take_wakeup_fd(loop)
+        _start_watcher(loop)
+    else:
+        _doze(loop)
 
 
 # -- The C-level door ----------------------------------------------------------
 #
 # Documented in ioloop.pxd.
 
-cdef int c_add_handler(object loop, int fd, uint32_t events,
-                       ioloop_handler_v1 function, void *arg,
-                       object owner) except -1:
+cdef int c_add_handler(object loop, int fd, uint32_t events, ioloop_handler_v1 function,
+                       void *arg, object owner) except -1:
     _check_thread(<IOLoop?>loop)
     if function == NULL:
         raise ValueError("the function is NULL")
@@ -3981,16 +3882,14 @@ cdef int c_add_handler(object loop, int fd, uint32_t events,
 
 cdef int c_update_handler(object loop, int fd, uint32_t events) except -1:
     _check_thread(<IOLoop?>loop)
-    if fd < 0:
-        fd_number(fd)
-    return _update_handler(<IOLoop>loop, fd, events)
+    return _update_handler(<IOLoop>loop, fd_number(fd), events)
 
 
 cdef int c_remove_handler(object loop, int fd) except -1:
-    _check_thread(<IOLoop?>loop)
-    if fd != (<IOLoop>loop).queue.door.reader:
-        _remove_handler(<IOLoop>loop, fd)
-    return 0
+    if not _is_closed(<IOLoop?>loop):
+        _check_thread(<IOLoop>loop)
+        if fd != (<IOLoop>loop).queue.door.reader:
+            _remove_handler(<IOLoop>loop, fd)
 
 
 @cython.final
@@ -4020,16 +3919,23 @@ cdef object c_new_timer(object loop, ioloop_callback_v1 function, void *arg,
 cdef int c_start_timer(object timer, int64_t delay) except -1:
     cdef _Timer self = <_Timer?>timer
     cdef int64_t deadline
+    cdef _Entry entry
     if self.timers is None or self.timers.closed:
         raise RuntimeError("IOLoop is closed")
     _check_owner(self.timers)
     deadline = later(_now(self.timers), delay)
-    _make_room(self.timers)  # here, since it may run what starts or stops the timer
+    while self.timers.spares == 0:
+        _grow_timers(self.timers)  # here: it may run what starts or stops the timer
     if self.timers.closed:
         raise RuntimeError("IOLoop is closed")
     if self.timeout.timers != NULL:
         if not self.timers.passing:
-            return _move(self.timers, self.timeout, deadline)
+            # Cancel and arm at once.
+            entry.deadline, entry.timeout = deadline, <PyObject *>self.timeout
+            self.timeout.stamp = self.timers.added
+            self.timers.added += 1
+            _sift(self.timers.heap, self.timers.count, self.timeout.index, entry)
+            return _tell_nearer(self.timers, self.timeout)
         _extract(self.timers, self.timeout.index)
         _release(self.timers, self.timeout)
     return _arm(self.timers, self.timeout, deadline, self)
@@ -4040,39 +3946,21 @@ cdef int c_stop_timer(object timer) except -1:
     if self.timers is not None and not self.timers.closed:
         _check_owner(self.timers)
         _cancel(self.timeout)
-    return 0
 
 
-cdef int c_add_callback(object loop, ioloop_callback_v1 function,
-                        void *arg) except -1:
+cdef int c_add_callback(object loop, ioloop_callback_v1 function, void *arg) except -1:
     cdef int error
     _check_open(<IOLoop?>loop)
-    if function == NULL:
-        raise ValueError("the function is NULL")
     error = c_post((<IOLoop>loop).queue.door, function, arg)
+    if error == EINVAL:
+        raise ValueError("the function is NULL")
     if error:
         raise OSError(error, os.strerror(error))
-    return 0
 
 
 cdef ioloop_door_v1 *c_door(object loop) except NULL:
     _check_open(<IOLoop?>loop)
     return (<IOLoop>loop).queue.door
-
-
-cdef int c_post(ioloop_door_v1 *door, ioloop_callback_v1 function,
-                void *arg) noexcept nogil:
-    if function == NULL:
-        return EINVAL
-    return _post(<_Door *>door, function, arg)
-
-
-cdef int _run_timer(IOLoop loop, _Timer timer) except -1:
-    try:
-        timer.function(loop, timer.arg)
-    except Exception:
-        _report(loop, timer.owner)
-    return 0
 
 
 # -- Entrances -----------------------------------------------------------------
@@ -4081,98 +3969,75 @@ cdef int _run_timer(IOLoop loop, _Timer timer) except -1:
 # calling convention: they replace those of the class, which serve the limited API and
 # hold the docstrings.  Their own parameters may be given by name as well.
 
+_replaced = {}  # by name: the method of the class, and the names of its parameters
+
+
 cdef inline object _enter_queue(IOLoop loop, str name, PyObject **args, Py_ssize_t n,
                                 PyObject *names, object context):
     if n < 1:
-        return _queue_by_name(loop, name, args, names, context)
+        return _by_name(name, loop, args, n, names)
     _queue_call(loop, <object>args[0], as_tuple(args + 1, n - 1),
                 _keywords(args + n, names), context)
 
 
-cdef object _queue_by_name(IOLoop loop, str name, PyObject **args, PyObject *names,
-                           object context):
-    cdef dict keywords = _keywords(args, names)
-    callback, = _by_name(name, ("callback",), args, 0, keywords)
-    _queue_call(loop, callback, None, keywords, context)
-
-
-cdef object _enter_add_callback(IOLoop loop, PyObject **args, Py_ssize_t n,
-                                PyObject *names):
+cdef object _enter_soon(IOLoop loop, PyObject **args, Py_ssize_t n, PyObject *names):
     return _enter_queue(loop, "add_callback", args, n, names, capture_context())
 
 
-cdef object _enter_add_callback_from_signal(IOLoop loop, PyObject **args, Py_ssize_t n,
-                                            PyObject *names):
-    return _enter_queue(loop, "add_callback_from_signal", args, n, names,
-                        capture_context())
-
-
-cdef object _enter_spawn_callback(IOLoop loop, PyObject **args, Py_ssize_t n,
-                                  PyObject *names):
+cdef object _enter_spawn(IOLoop loop, PyObject **args, Py_ssize_t n, PyObject *names):
     return _enter_queue(loop, "spawn_callback", args, n, names, None)
 
 
-cdef inline object _enter_time(IOLoop loop, str name, str time, _clock_function clock,
+cdef inline object _enter_time(IOLoop loop, str name, _clock_function clock,
                                PyObject **args, Py_ssize_t n, PyObject *names):
     if n < 2:
-        return _time_by_name(loop, name, time, clock, args, n, names)
+        return _by_name(name, loop, args, n, names)
     return _time_call(loop, <object>args[0], clock, <object>args[1],
                       as_tuple(args + 2, n - 2), _keywords(args + n, names))
 
 
-cdef object _time_by_name(IOLoop loop, str name, str time, _clock_function clock,
-                          PyObject **args, Py_ssize_t n, PyObject *names):
-    cdef dict keywords = _keywords(args + n, names)
-    when, callback = _by_name(name, (time, "callback"), args, n, keywords)
-    return _time_call(loop, when, clock, callback, None, keywords)
+cdef object _enter_timeout(IOLoop loop, PyObject **args, Py_ssize_t n, PyObject *names):
+    return _enter_time(loop, "add_timeout", _deadline, args, n, names)
 
 
-cdef object _enter_add_timeout(IOLoop loop, PyObject **args, Py_ssize_t n,
-                               PyObject *names):
-    return _enter_time(loop, "add_timeout", "deadline", _deadline, args, n, names)
+cdef object _enter_later(IOLoop loop, PyObject **args, Py_ssize_t n, PyObject *names):
+    return _enter_time(loop, "call_later", _delay, args, n, names)
 
 
-cdef object _enter_call_later(IOLoop loop, PyObject **args, Py_ssize_t n,
-                              PyObject *names):
-    return _enter_time(loop, "call_later", "delay", _delay, args, n, names)
+cdef object _enter_at(IOLoop loop, PyObject **args, Py_ssize_t n, PyObject *names):
+    return _enter_time(loop, "call_at", _deadline, args, n, names)
 
 
-cdef object _enter_call_at(IOLoop loop, PyObject **args, Py_ssize_t n, PyObject *names):
-    return _enter_time(loop, "call_at", "when", _deadline, args, n, names)
-
-
-cdef list _by_name(str method, tuple parameters, PyObject **args, Py_ssize_t n,
-                   dict keywords):
-    """The values of all parameters, those from the n-th on taken from `keywords`."""
-    cdef list values = [<object>args[i] for i in range(n)]
-    for name in parameters[n:]:
-        if keywords is None or name not in keywords:
-            raise TypeError(f"{method}() is missing its argument {name!r}")
-        values.append(keywords.pop(name))
-    return values
+cdef object _by_name(str name, IOLoop loop, PyObject **args, Py_ssize_t n,
+                     PyObject *names):
+    """Leave it to the method that was replaced."""
+    cdef dict keywords = _keywords(args + n, names) or {}
+    method, parameters = _replaced[name]
+    for missing in parameters[n:]:
+        if missing not in keywords:
+            raise TypeError(f"{name}() is missing its argument {missing!r}")
+    return method(loop, *[<object>args[i] for i in range(n)], **keywords)
 
 
 cdef inline dict _keywords(PyObject **values, PyObject *names):
-    return None if names == NULL else _as_dict(values, <tuple>names)
-
-
-cdef dict _as_dict(PyObject **values, tuple names):
-    return {name: <object>values[i] for i, name in enumerate(names)}
+    if names == NULL:
+        return None
+    return {name: <object>values[i] for i, name in enumerate(<tuple>names)}
 
 
 cdef int _replace(str name, str parameters, void *function) except -1:
+    _replaced[name] = getattr(IOLoop, name), parameters.split(", ")
     doc = f"{name}($self, {parameters}, *args, **kwargs)\n--\n\n"
     doc += getattr(IOLoop, name).__doc__
     return replace_method(IOLoop, name.encode(), doc.encode(), function)
 
 
-_replace("add_callback", "callback", <void *>_enter_add_callback)
-_replace("add_callback_from_signal", "callback",
-         <void *>_enter_add_callback_from_signal)
-_replace("spawn_callback", "callback", <void *>_enter_spawn_callback)
-_replace("add_timeout", "deadline, callback", <void *>_enter_add_timeout)
-_replace("call_later", "delay, callback", <void *>_enter_call_later)
-_replace("call_at", "when, callback", <void *>_enter_call_at)
+_replace("add_callback", "callback", <void *>_enter_soon)
+_replace("add_callback_from_signal", "callback", <void *>_enter_soon)
+_replace("spawn_callback", "callback", <void *>_enter_spawn)
+_replace("add_timeout", "deadline, callback", <void *>_enter_timeout)
+_replace("call_later", "delay, callback", <void *>_enter_later)
+_replace("call_at", "when, callback", <void *>_enter_at)
 
 
 # -- Invariants ----------------------------------------------------------------
@@ -4182,15 +4047,13 @@ def _verify(IOLoop loop not None):
 
     Called in every iteration of a build with IOLOOP_DEBUG.
     """
-    _check_open(loop)
-    _verify_timers(loop.timers)
-    _verify_queue(loop.queue)
-    _verify_table(loop)
-
-
-cdef int _verify_timers(_Timers timers) except -1:
+    cdef _Timers timers = loop.timers
+    cdef _Queue queue = loop.queue
+    cdef _Table table = loop.table
     cdef _Timeout timeout
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i, count = 0
+    cdef uint64_t n
+    _check_open(loop)
     _expect(len(timers.calls) == timers.room, "the number of slots")
     _expect(timers.count + timers.lates + timers.spares == timers.room,
             "the number of free slots")
@@ -4203,30 +4066,17 @@ cdef int _verify_timers(_Timers timers) except -1:
                 "the heap's order")
     for i in range(timers.spares):
         _expect(timers.calls[timers.spare[i]] is None, "a free slot")
-    return 0
-
-
-cdef int _verify_queue(_Queue queue) except -1:
-    cdef uint64_t n
     _expect(len(queue.ring) == <Py_ssize_t>(queue.mask + 1), "the ring's size")
     _expect(queue.tail - queue.head <= queue.mask + 1, "the ring's ends")
     for n in range(queue.tail, queue.head + queue.mask + 1):
         _expect(queue.ring[n & queue.mask] is None, "a free slot of the ring")
-    return 0
-
-
-cdef int _verify_table(IOLoop loop) except -1:
-    cdef _Table table = loop.table
-    cdef Py_ssize_t fd, count = 0
-    for fd in range(table.size):
-        _expect((table.slots[fd].generation != 0) == (table.handlers[fd] is not None),
+    for i in range(table.size):
+        _expect((table.slots[i].generation != 0) == (table.handlers[i] is not None),
                 "an fd's slot and its handler")
-        count += table.slots[fd].generation != 0
+        count += table.slots[i].generation != 0
     _expect(count == table.count, "the number of handlers")
-    return 0
 
 
 cdef int _expect(bint true, str what) except -1:
     if not true:
         raise AssertionError(f"ioloop: {what} is wrong")
-    return 0

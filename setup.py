@@ -8,7 +8,6 @@ Switches, by environment variable:
 """
 
 import os
-import sys
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -33,8 +32,6 @@ ioloop = Extension(
     "ioloop",
     ["ioloop.pyx"],
     depends=["ioloop.pxd"],
-    # Before glibc 2.34, timer_create() is not in libc.
-    libraries=["rt"] if sys.platform == "linux" else [],
     extra_compile_args=[
         *("-O3", "-g" if "debug" in switches else "-g0"),
         *("-fvisibility=hidden", "-Wall", "-Wextra"),

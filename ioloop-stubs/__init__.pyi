@@ -85,6 +85,7 @@ class IOLoop:
         impl: _PollerLike | None = None,
         *,
         time_func: Callable[[], float] | None = None,
+        make_current: bool | None = None,
     ) -> None: ...
     def __enter__(self) -> Self: ...
     def __exit__(

@@ -12,17 +12,16 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <poll.h>
 #include <sys/epoll.h>
 #include <sys/select.h>
-#include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
 
 /* The order is that of CALLS in test_faults.py. */
 enum call {
-    EPOLL_CREATE1, EPOLL_CTL, EPOLL_WAIT, EPOLL_PWAIT, EPOLL_PWAIT2, PSELECT,
-    READ, WRITE, CLOSE, PIPE2, DUP3, FCNTL,
-    TIMER_CREATE, TIMER_SETTIME, TIMER_DELETE, SETITIMER,
+    EPOLL_CREATE1, EPOLL_CTL, EPOLL_WAIT, EPOLL_PWAIT2, PSELECT, POLL,
+    READ, WRITE, CLOSE, PIPE2, FCNTL,
     MALLOC, CALLOC, REALLOC, CALLS
 };
 
@@ -75,16 +74,15 @@ int epoll_wait(int ep, struct epoll_event *events, int n, int ms) {
     return STRIKES(EPOLL_WAIT) ? -1 : real(ep, events, n, ms);
 }
 
-int epoll_pwait(int ep, struct epoll_event *events, int n, int ms,
-                const sigset_t *mask) {
-    REAL(epoll_pwait);
-    return STRIKES(EPOLL_PWAIT) ? -1 : real(ep, events, n, ms, mask);
-}
-
 int epoll_pwait2(int ep, struct epoll_event *events, int n,
                  const struct timespec *timeout, const sigset_t *mask) {
     REAL(epoll_pwait2);
     return STRIKES(EPOLL_PWAIT2) ? -1 : real(ep, events, n, timeout, mask);
+}
+
+int poll(struct pollfd *files, nfds_t n, int ms) {
+    REAL(poll);
+    return STRIKES(POLL) ? -1 : real(files, n, ms);
 }
 
 int pselect(int n, fd_set *reads, fd_set *writes, fd_set *others,
@@ -117,39 +115,12 @@ int pipe2(int fds[2], int flags) {
     return STRIKES(PIPE2) ? -1 : real(fds, flags);
 }
 
-int dup3(int from, int to, int flags) {
-    REAL(dup3);
-    return STRIKES(DUP3) ? -1 : real(from, to, flags);
-}
-
 /* Python is built for large files, which has this in place of fcntl. */
 int fcntl64(int fd, int command, long argument) {
     static int (*real)(int, int, long);
     if (!real)
         real = (int (*)(int, int, long))dlsym(RTLD_NEXT, "fcntl64");
     return STRIKES(FCNTL) ? -1 : real(fd, command, argument);
-}
-
-int timer_create(clockid_t clock, struct sigevent *event, timer_t *timer) {
-    REAL(timer_create);
-    return STRIKES(TIMER_CREATE) ? -1 : real(clock, event, timer);
-}
-
-int timer_settime(timer_t timer, int flags, const struct itimerspec *value,
-                  struct itimerspec *old) {
-    REAL(timer_settime);
-    return STRIKES(TIMER_SETTIME) ? -1 : real(timer, flags, value, old);
-}
-
-int timer_delete(timer_t timer) {
-    REAL(timer_delete);
-    return STRIKES(TIMER_DELETE) ? -1 : real(timer);
-}
-
-int setitimer(__itimer_which_t which, const struct itimerval *value,
-              struct itimerval *old) {
-    REAL(setitimer);
-    return STRIKES(SETITIMER) ? -1 : real(which, value, old);
 }
 
 void *malloc(size_t size) {

@@ -6,6 +6,7 @@ fake kqueue it is loaded once more, bound to that build of the module.
 """
 
 import contextlib
+import ctypes
 import errno
 import gc
 import hashlib
@@ -968,6 +969,66 @@ def test_fork_while_threads_post(client, loop, log, noting):
     assert counter.value == 5 * 4 * 50_000
 
 
+def test_forks_while_threads_post_and_the_queue_grows(clients):
+    """What a child has of the queue is whole, and can be used at once."""
+    client = clients(ioloop)
+    for _ in range(40):
+        with ioloop.IOLoop() as loop:
+            counter = client.Counter()
+            posters = client.Posters(client.Door(loop), counter, 4, 2_000)
+            with child() as inside:
+                if inside:
+                    signal.alarm(20)
+                    loop.reinit()
+                    client.play_callback(loop, last := client.Counter(3))
+                    loop.start()
+                    assert last.value == 3 and counter.value <= 8_000
+            assert posters.join() == 0
+            turn(loop)
+            assert counter.value == 8_000
+
+
+def test_forks_while_another_thread_makes_and_closes_loops(clients):
+    """Each has a lock that a fork waits for; those of closed ones are forgotten."""
+    client = clients(ioloop)
+    done = threading.Event()
+
+    def make_and_close():
+        while not done.is_set():
+            with ioloop.IOLoop(make_current=False) as other:
+                client.Door(other).post(function)
+
+    function = Owner()
+    thread = Thread(make_and_close)
+    try:
+        for _ in range(20):
+            with child() as inside:
+                if inside:
+                    signal.alarm(20)
+                    with ioloop.IOLoop() as loop:
+                        loop.add_callback(loop.stop)
+                        loop.start()
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_a_fork_of_c_while_threads_post(client, loop):
+    """One of which Python hears nothing: the parent goes on."""
+    fork = ctypes.PyDLL(None).fork
+    counter, count = client.Counter(), 30_000
+    posters = client.Posters(client.Door(loop), counter, 4, count)
+    for _ in range(5):
+        pid = fork()
+        if pid == 0:
+            os._exit(0)
+        turn(loop)
+        assert os.waitpid(pid, 0)[1] == 0
+    assert posters.join() == 0
+    turn(loop)
+    assert counter.value == 4 * count
+
+
 def test_queue_after_close(client, loop, log, noting):
     """What is queued is dropped, and no more is taken."""
     ways = adders(client, loop)
@@ -1004,7 +1065,7 @@ int slow, begun;
 ssize_t write(int fd, const void *data, size_t n) {
     static ssize_t (*real)(int, const void *, size_t);
     if (!real) real = dlsym(RTLD_NEXT, "write");
-    if (slow && n == 1 && *(const char *)data == '!') {
+    if (slow && n == 1 && *(const char *)data == 0) {
         __atomic_store_n(&begun, 1, __ATOMIC_SEQ_CST);
         usleep(200000);
     }
@@ -1013,20 +1074,36 @@ ssize_t write(int fd, const void *data, size_t n) {
 """
 
 
+# In a process that has a library preloaded: the client and the symbols of both.
+LOAD_CLIENT = """
+import ctypes, gc, importlib.machinery, importlib.util, os, sys
+import helpers, ioloop, support
+path, directory = sys.argv[1:]
+name = "cdoor_client"
+loader = importlib.machinery.ExtensionFileLoader(name, path)
+spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+client = importlib.util.module_from_spec(spec)
+loader.exec_module(client)
+library = ctypes.CDLL(None)
+"""
+
+
+def run_preloaded(clients, directory, source, code):
+    """Run `code` after LOAD_CLIENT, with C functions replaced by those of `source`."""
+    file = directory / "preloaded.c"
+    file.write_text(source)
+    library = compile_library(file, directory / "preloaded.so")
+    arguments = clients(ioloop).__file__, str(directory)
+    run_python(code, *arguments, prelude=LOAD_CLIENT, LD_PRELOAD=str(library))
+
+
 def test_B4_a_ring_in_the_middle_of_close(clients, tmp_path):
     """Of a thread without the GIL: its byte must not end in a foreign file."""
-    source = tmp_path / "slow_ring.c"
-    source.write_text(SLOW_RING)
-    run_python(
+    run_preloaded(
+        clients,
+        tmp_path,
+        SLOW_RING,
         """
-        import ctypes, importlib.machinery, importlib.util, os, sys, support
-        path, directory = sys.argv[1:]
-        name = "cdoor_client"
-        loader = importlib.machinery.ExtensionFileLoader(name, path)
-        spec = importlib.util.spec_from_file_location(name, path, loader=loader)
-        client = importlib.util.module_from_spec(spec)
-        loader.exec_module(client)
-        library = ctypes.CDLL(None)
         loop = ioloop.IOLoop(ioloop._EPoll())
         loop.fileno()  # somebody else polls it: as good as asleep
         door, counter = client.Door(loop), client.Counter()
@@ -1041,9 +1118,66 @@ def test_B4_a_ring_in_the_middle_of_close(clients, tmp_path):
         for file in files:
             file.close()
         """,
-        clients(ioloop).__file__,
-        str(tmp_path),
-        LD_PRELOAD=str(compile_library(source, tmp_path / "slow_ring.so")),
+    )
+
+
+SLOW_FREE = r"""
+#define _GNU_SOURCE
+#include <malloc.h>
+#include <pthread.h>
+#include <string.h>
+#include <unistd.h>
+
+extern void __libc_free(void *);
+pthread_t quick;
+int armed, begun;
+
+void free(void *block) {
+    if (!armed || pthread_equal(pthread_self(), quick)) {
+        __libc_free(block);
+        return;
+    }
+    /* Nobody may use it from now on. */
+    if (block) memset(block, 0xa5, malloc_usable_size(block));
+    __atomic_store_n(&begun, 1, __ATOMIC_SEQ_CST);
+    usleep(200000);
+    __libc_free(block);
+}
+
+void arm(void) {
+    quick = pthread_self();
+    armed = 1;
+}
+"""
+
+
+def test_a_fork_while_a_post_makes_room(clients, tmp_path):
+    """The child finds the old queue or the new one, not the one that is freed."""
+    run_preloaded(
+        clients,
+        tmp_path,
+        SLOW_FREE,
+        """
+        loop = ioloop.IOLoop(ioloop._EPoll())
+        door, counter = client.Door(loop), client.Counter()
+        assert client.Posters(door, counter, 1, 64).join() == 0
+        begun = ctypes.c_int.in_dll(library, "begun")
+        library.arm()
+        posters = client.Posters(door, counter, 1, 1)
+        support.wait_until(lambda: begun.value)
+        with helpers.child() as inside:
+            if inside:
+                loop.reinit()
+                loop.run_once(0)
+                assert counter.value >= 64
+                loop.close()
+                del loop, door
+                gc.collect()
+        assert posters.join() == 0
+        loop.run_once(0)
+        assert counter.value == 65
+        loop.close()
+        """,
     )
 
 
@@ -1085,15 +1219,34 @@ def test_exceptions_are_logged(client, loop, expect_log):
     expect_log.take("Exception in callback 'the owner'", KeyError)
 
 
-def test_broken_pipe_of_a_handler_is_ignored(client, loop):
-    """As it is with Python's handlers."""
+@pytest.mark.parametrize("whose", ["its own", "another"])
+def test_broken_pipe_of_a_handler_is_ignored(client, loop, whose):
+    """If it is its own, as it is with Python's handlers."""
     calls = hook(loop)
-    with readable() as (a, _):
-        function = Owner(lambda *args: fail(BrokenPipeError(errno.EPIPE, "")))
-        client.add_handler(loop, a.fileno(), READ, function, None)
+    function = Owner(lambda *args: fail(BrokenPipeError(errno.EPIPE, "")))
+    with readable() as (a, b):
+        if whose == "its own":
+            b.close()
+        client.add_handler(loop, a.fileno(), READ, function, function)
         turn(loop)
         client.remove_handler(loop, a.fileno())
-    assert calls == []
+    assert calls == ([] if whose == "its own" else [(function, BrokenPipeError)])
+
+
+def test_when_the_hook_fails_both_exceptions_are_told(client, loop, monkeypatch):
+    """Of handlers, timers, callbacks and posts."""
+    told, function = [], Owner(lambda *args: fail(KeyError))
+    monkeypatch.setattr(sys, "unraisablehook", lambda u: told.append(u.exc_type))
+    loop.handle_callback_exception = lambda owner: fail(ZeroDivisionError)
+    with readable() as (a, _):
+        client.add_handler(loop, a.fileno(), READ, function, None)
+        timer = client.new_timer(loop, function, None)
+        client.start_timer(timer, 0)
+        client.add_callback(loop, function)
+        client.Door(loop).post(function)
+        turn(loop)
+        client.remove_handler(loop, a.fileno())
+    assert told == [KeyError, ZeroDivisionError] * 4
 
 
 def test_what_is_no_exception_leaves_start(client, loop, log, noting):
@@ -1179,9 +1332,26 @@ def test_a_subclass_is_a_loop(client, make_loop, poller, log, noting):
 def test_closed_loop(client, loop, noting):
     with pair() as (a, _):
         loop.close()
-        for call in calls_of(client, loop, a.fileno(), noting("no")).values():
+        calls = calls_of(client, loop, a.fileno(), noting("no"))
+        del calls["remove_handler"]
+        for call in calls.values():
             with pytest.raises(RuntimeError, match="closed"):
                 call()
+
+
+def test_removal_after_close_does_nothing(client, loop, noting):
+    """Also in a thread that is not the one that ran the loop."""
+    timer = client.new_timer(loop, noting("no"), None)
+    with pair() as (a, _):
+        client.add_handler(loop, a.fileno(), READ, noting("no"), None)
+        client.start_timer(timer, NEVER)
+        turn(loop)
+        loop.close()
+        for fd in (a.fileno(), 2**30, -1):
+            client.remove_handler(loop, fd)
+            in_thread(client.remove_handler, loop, fd)
+    in_thread(client.stop_timer, timer)
+    client.stop_timer(timer)
 
 
 def test_wrong_thread(client, loop, log, noting):
@@ -1233,7 +1403,8 @@ def test_no_object_is_made(client, loop, poller, play):
 
 def assert_no_object_is_made(client, loop, counter, events):
     blocks = sys.getallocatedblocks()
-    made = client.allocations_of(loop.start)
+    # Not in the main thread, where the look at the wakeup fd before a sleep makes one.
+    made = in_thread(client.allocations_of, loop.start)
     assert counter.value == events
     assert made < events / 100
     assert abs(sys.getallocatedblocks() - blocks) < 200

@@ -1,15 +1,21 @@
 """Forks, other processes, subinterpreters, and the end of the interpreter."""
 
+import concurrent.futures
+import contextlib
 import contextvars
 import functools
+import gc
+import io
 import multiprocessing
 import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 import types
+import weakref
 
 import pytest
 from helpers import (
@@ -18,6 +24,7 @@ from helpers import (
     Recorder,
     ScriptedPoller,
     child,
+    nothing_free,
     pair,
     run_until,
     turn,
@@ -186,7 +193,7 @@ def test_a_descriptor_closed_in_the_child(loop):
 def test_numbers_closed_in_the_child_that_become_the_loops_own(make_loop, poller):
     """Those of the new poller and doorbell; what had them before is forgotten."""
     with pair() as (a, _):
-        numbers = [os.dup(a.fileno()) for _ in range(5)]
+        numbers = [os.dup(a.fileno()) for _ in range(6)]
         loop = make_loop(impl=poller.impl())
         for number in numbers:
             loop.add_handler(number, fail, READ)
@@ -195,8 +202,8 @@ def test_numbers_closed_in_the_child_that_become_the_loops_own(make_loop, poller
                 for number in numbers:
                     os.close(number)
                 loop.reinit()
-                own = 2 if poller.name == "select" else 3
-                assert list(loop._handlers) == numbers[own:]
+                assert set(numbers) & set(open_files())
+                assert loop._handlers.keys() == set(numbers) - set(open_files())
                 loop.add_callback(loop.stop)
                 loop.start()
                 loop.close()
@@ -557,7 +564,7 @@ def test_reinit_without_a_fork_changes_nothing(loop):
 
 
 def test_a_watched_loop_in_the_child(loop):
-    """POSIX timers are not inherited; the child's start() makes its own."""
+    """The watch is not inherited; the child's start() makes its own."""
     loop.set_blocking_log_threshold(60)
     with child() as inside:
         if inside:
@@ -570,7 +577,7 @@ def test_a_watched_loop_in_the_child(loop):
 
 @pytest.mark.parametrize("call", [lambda run: run(), in_thread], ids=["main", "thread"])
 def test_a_watched_loop_that_goes_on_in_the_child(loop, expect_log, call):
-    """Nor are threads inherited: reinit() starts another watch."""
+    """Nor by the start() that is going on: reinit() starts another watch."""
 
     def fork():
         pids.append(os.fork())
@@ -598,6 +605,179 @@ def test_a_watched_loop_that_goes_on_in_the_child(loop, expect_log, call):
     expect_log.clear()  # the fork may have taken its time
 
 
+# -- Numbers that are no longer the loop's -------------------------------------
+
+
+def open_files():
+    """{fd: what it is}, above the three of stdio."""
+    files = {}
+    for fd in range(3, 256):
+        with contextlib.suppress(FileNotFoundError):
+            files[fd] = os.readlink(f"/proc/self/fd/{fd}")
+    return files
+
+
+@contextlib.contextmanager
+def daemonized():
+    """As daemons begin: all files are closed, and others get their numbers.
+
+    At the end of the block just those must be open.
+    """
+    os.closerange(3, 256)
+    for _ in range(20):
+        os.pipe()
+    files = open_files()
+    yield
+    assert open_files() == files
+
+
+def drop(loops):
+    dropped = weakref.ref(loops.pop())
+    gc.collect()
+    assert dropped() is None
+
+
+def close(loops):
+    loops[0].close()
+
+
+def reinit(loops):
+    """The loop works, on files of its own."""
+    [loop] = loops
+    loop.reinit()
+    loop.add_callback(loop.stop)
+    loop.start()
+    loop.close()
+
+
+def fork_again(loops):
+    with child() as inside:
+        if inside:
+            close(loops)
+    drop(loops)
+
+
+def reinit_and_fork(loops):
+    """Now the loop's numbers are those that it got in the first child."""
+    loops[0].reinit()
+    with child() as inside:
+        if inside:
+            with daemonized():
+                drop(loops)
+    loops[0].close()
+
+
+@pytest.mark.parametrize("watched", [False, True], ids=["", "fileno"])
+@pytest.mark.parametrize("way", [drop, close, reinit, fork_again, reinit_and_fork])
+def test_a_daemon_keeps_its_files(poller, way, watched):
+    """Whatever it does with the loop of its parent, also one that another polled."""
+    loops = [poller.module.IOLoop(impl=poller.impl())]
+    if watched:
+        with contextlib.suppress(io.UnsupportedOperation):
+            loops[0].fileno()
+    with child() as inside:
+        if inside:
+            with daemonized():
+                way(loops)
+    turn(loops[0])
+    loops.pop().close()
+
+
+def test_a_daemon_keeps_its_files_when_reinit_fails(loop):
+    """For want of a number, wherever that is noticed; the next reinit() works."""
+    with child() as inside:
+        if inside:
+            with daemonized():
+                for spare in range(4):
+                    with nothing_free(spare), contextlib.suppress(OSError):
+                        loop.reinit()
+                reinit([loop])
+
+
+@pytest.mark.parametrize("forker", ["callback", "thread"])
+def test_a_daemon_keeps_its_files_when_nested_loops_ran(make_loop, poller, forker):
+    outer, inner = make_loop(), make_loop(impl=poller.impl())
+
+    def fork():
+        with child() as inside:
+            if inside:
+                with daemonized():
+                    outer.close()
+                    inner.close()
+
+    inner.add_callback(*((fork,) if forker == "callback" else (in_thread, fork)))
+    inner.add_callback(inner.stop)
+    outer.add_callback(inner.start)
+    outer.add_callback(outer.stop)
+    outer.start()
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["", "nested"])
+@pytest.mark.parametrize("forker", ["callback", "thread"])
+def test_the_wakeup_fd_of_a_child_is_the_programs(make_loop, poller, forker, nested):
+    """From the moment of the fork on: the child may close all the others at once."""
+    loop, inner = make_loop(), make_loop(impl=poller.impl())
+    # From 3.12 on asyncio, once it is imported, sets it to -1 in all children.
+    given_back = sys.version_info < (3, 12) or "asyncio" not in sys.modules
+    with pair() as (a, b):
+
+        def fork():
+            with child() as inside:
+                if inside:
+                    signal.raise_signal(signal.SIGUSR1)
+                    found = signal.set_wakeup_fd(-1)
+                    assert found == (b.fileno() if given_back else -1)
+                    assert not given_back or a.recv(9) == bytes([signal.SIGUSR1])
+
+        call = (fork,) if forker == "callback" else (in_thread, fork)
+        inner.add_callback(*call)
+        inner.add_callback(inner.stop)
+        loop.add_callback(*((inner.start,) if nested else call))
+        loop.add_callback(loop.stop)
+        signal.set_wakeup_fd(b.fileno())
+        try:
+            with on_signal(signal.SIGUSR1, lambda *_: None):
+                loop.start()
+        finally:
+            assert signal.set_wakeup_fd(-1) == b.fileno()
+
+
+def test_a_future_that_ends_in_a_child_waits_for_reinit(loop, caplog):
+    """Its loop slept in another thread, which is not there to be woken."""
+    gate, log = concurrent.futures.Future(), []
+    loop.add_future(gate, log.append)
+    with sleeping(loop):
+        with child() as inside:
+            if inside:
+                gate.set_result(None)
+                assert caplog.messages == []
+                loop.reinit()
+                turn(loop)
+                assert log == [gate]
+                loop.close()
+    assert log == []
+
+
+def test_a_child_finishes_what_its_parents_handler_has_begun(loop, expect_log):
+    """A handler whose future is not done is not called again, there as well."""
+    calls, gate = [], concurrent.futures.Future()
+    with readable() as (a, _):
+        loop.add_handler(a, lambda *_: calls.append(1) or gate, READ)
+        turn(loop, 2)
+        expect_log.take("not called again")
+        with child() as inside:
+            if inside:
+                loop.reinit()
+                turn(loop, 3)
+                assert len(calls) == 1
+                gate.set_result(None)
+                turn(loop, 3)
+                assert len(calls) > 1
+                loop.close()
+        assert len(calls) == 1
+        loop.remove_handler(a)
+
+
 # -- Servers -------------------------------------------------------------------
 
 
@@ -606,17 +786,20 @@ def test_preforked_servers_on_one_listening_socket(poller):
     clients, workers = 20, 3
     with socket.create_server(("127.0.0.1", 0), backlog=clients) as server:
         server.setblocking(False)
-        pids = []
+        pids, (ready, tell) = [], os.pipe()
         for _ in range(workers):
             pid = os.fork()
             if pid == 0:
                 code = 1
                 try:
-                    serve(poller, server)
+                    serve(poller, server, tell)
                     code = 0
                 finally:
                     os._exit(code)
             pids.append(pid)
+        for _ in pids:
+            os.read(ready, 1)
+        os.close(ready), os.close(tell)
         answers = []
         for _ in range(clients):
             with socket.create_connection(server.getsockname(), timeout=20) as client:
@@ -630,9 +813,10 @@ def test_preforked_servers_on_one_listening_socket(poller):
     assert {int(answer) for answer in answers} <= set(pids)
 
 
-def serve(poller, server):
+def serve(poller, server, tell):
     with poller.module.IOLoop(impl=poller.impl()) as loop:
         signal.signal(signal.SIGTERM, lambda *_: loop.stop())
+        os.write(tell, b"x")
 
         def accept(sock, events):
             try:
@@ -831,3 +1015,24 @@ def test_exceptions_in_the_child_stay_there(loop):
                 loop.start()
             loop.close()
     turn(loop)
+
+
+def test_a_paused_handler_whose_future_ends_in_a_child(loop, expect_log):
+    """Before the child's reinit(), which takes it up again."""
+    calls, future = [], concurrent.futures.Future()
+
+    def handler(sock, events):
+        calls.append(1)
+        return None if future.done() else future
+
+    with readable() as (a, _):
+        loop.add_handler(a, handler, READ)
+        turn(loop, 2)
+        expect_log.take("not called again")
+        with child() as is_child:
+            if is_child:
+                future.set_result(None)
+                loop.reinit()
+                turn(loop, 3)
+                assert len(calls) > 1
+        loop.remove_handler(a)

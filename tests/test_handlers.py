@@ -1,17 +1,37 @@
 """add_handler, update_handler, remove_handler and their kin: what they take,
 what a handler gets, and that a call that fails changes nothing."""
 
+import concurrent.futures
 import contextvars
 import errno
 import functools
 import gc
+import multiprocessing
 import os
+import select
+import ssl
+import subprocess
 import sys
 import threading
 import weakref
 
 import pytest
-from helpers import ERROR, NONE, READ, WRITE, Recorder, free_number, pair, pairs, turn
+from helpers import (
+    ERROR,
+    NONE,
+    READ,
+    WRITE,
+    Recorder,
+    ScriptedPoller,
+    free_number,
+    idle,
+    pair,
+    pairs,
+    pipe,
+    run_until,
+    turn,
+)
+from support import Await, Thread, drain, fail, in_thread, readable
 
 import ioloop
 
@@ -295,6 +315,149 @@ def test_A6_remove_of_a_socket_that_was_closed_first(loop):
         assert calls == [(b, READ)]
 
 
+# -- Removing what can't say its number any more --------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError, RuntimeError, KeyError, AttributeError, ZeroDivisionError, TypeError],
+)
+def test_remove_when_fileno_raises(loop, ends, error):
+    """Whatever it raises: the object itself names its registration."""
+    calls = Recorder()
+    fd = Fileno(ends[0].fileno())
+    with pair() as (b, _):
+        loop.add_handler(fd, calls, READ)
+        loop.add_handler(b, calls, READ)
+        fd.number = error
+        loop.remove_handler(fd)
+        assert loop._handlers.keys() == {b.fileno()}
+        turn(loop)
+    assert calls == []
+
+
+@pytest.mark.parametrize("number", [-1, None, "3", True, 2.5, 2**40], ids=repr)
+def test_remove_when_fileno_answers_nonsense(loop, ends, number):
+    fd = Fileno(ends[0].fileno())
+    loop.add_handler(fd, Recorder(), READ)
+    fd.number = number
+    loop.remove_handler(fd)
+    assert loop.stats()["handlers"] == 0
+
+
+def test_remove_when_fileno_is_interrupted(loop, ends):
+    """What is no Exception leaves, and all is as it was before."""
+    fd = Fileno(ends[0].fileno())
+    loop.add_handler(fd, Recorder(), READ)
+    fd.number = KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        loop.remove_handler(fd)
+    assert loop.stats()["handlers"] == 1
+
+
+def connection():
+    one, two = multiprocessing.Pipe()
+    return one, [two]
+
+
+def tls_socket():
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    with pair() as (a, b):
+        a, b = a.dup(), b.dup()
+    a.setblocking(False)
+    return context.wrap_socket(a, do_handshake_on_connect=False), [b]
+
+
+def pipe_of_a_process():
+    process = subprocess.Popen(["true"], stdin=subprocess.PIPE)
+    process.wait()
+    return process.stdin, []
+
+
+def epoll():
+    return select.epoll(), []
+
+
+@pytest.mark.parametrize("make", [connection, tls_socket, pipe_of_a_process, epoll])
+def test_remove_of_files_of_all_kinds_that_were_closed_first(loop, make):
+    file, others = make()
+    loop.add_handler(file, Recorder(), READ)
+    file.close()
+    loop.remove_handler(file)
+    assert loop.stats()["handlers"] == 0
+    for other in others:
+        other.close()
+
+
+def test_remove_when_fileno_answers_another_registered_number(loop):
+    """The registration of the object goes, and not that of its number of now."""
+    calls = Recorder()
+    with pairs(2) as [(a, a_peer), (b, b_peer)]:
+        fd = Fileno(a.fileno())
+        loop.add_handler(fd, calls, READ)
+        loop.add_handler(b, calls, READ)
+        fd.number = b.fileno()
+        loop.remove_handler(fd)
+        a_peer.send(b"x")
+        b_peer.send(b"x")
+        turn(loop)
+        assert calls == [(b, READ)]
+        # It has none of its own any more: now it is known by its number.
+        loop.remove_handler(fd)
+        assert loop.stats()["handlers"] == 0
+
+
+def test_remove_of_an_object_that_was_added_under_two_numbers(loop):
+    """The one of now goes first."""
+    with pairs(2) as [(a, _), (b, _)]:
+        fd = Fileno(a.fileno())
+        loop.add_handler(fd, Recorder(), READ)
+        fd.number = b.fileno()
+        loop.add_handler(fd, Recorder(), READ)
+        loop.remove_handler(fd)
+        assert loop._handlers.keys() == {a.fileno()}
+        loop.remove_handler(fd)
+        assert loop.stats()["handlers"] == 0
+
+
+def test_remove_when_fileno_closes_the_loop(loop, ends):
+    """Then there is nothing left to remove."""
+
+    class Closing(Fileno):
+        def fileno(self):
+            loop.close()
+            return super().fileno()
+
+    loop.add_handler(ends[0], Recorder(), READ)
+    loop.remove_handler(Closing(ends[0].fileno()))
+
+
+def test_remove_when_fileno_answers_an_unknown_number(loop, ends):
+    fd = Fileno(ends[0].fileno())
+    loop.add_handler(fd, Recorder(), READ)
+    fd.number = free_number()
+    loop.remove_handler(fd)
+    assert loop.stats()["handlers"] == 0
+
+
+def test_remove_of_a_file_whose_number_has_another_owner(loop):
+    """The order that servers get wrong: close, accept the next, remove the first."""
+    calls = Recorder()
+    with pairs(2) as [(a, _), (b, b_peer)]:
+        number = a.fileno()
+        loop.add_handler(a, Recorder(), READ)
+        a.close()
+        os.dup2(b.fileno(), number)
+        loop.add_handler(number, calls, READ)
+        loop.remove_handler(a)
+        b_peer.send(b"x")
+        turn(loop)
+        assert calls == [(number, READ)]
+        loop.remove_handler(number)
+        os.close(number)
+
+
 # -- split_fd, close_fd, close(all_fds) ---------------------------------------
 
 
@@ -393,6 +556,17 @@ def test_A31_closed_files_are_closed_again_silently(loop):
         loop.close(all_fds=True)
 
 
+def test_files_that_remove_themselves_when_they_are_closed(loop):
+    """As a stream does in its close(): no error, and no other is lost."""
+    with pairs(3) as made:
+        files = [Counted(os.dup(a.fileno())) for a, _ in made]
+        for file in files:
+            file.action = functools.partial(loop.remove_handler, file)
+            loop.add_handler(file, Recorder(), READ)
+        loop.close(all_fds=True)
+        assert [file.closed for file in files] == [1, 1, 1]
+
+
 # -- The call -----------------------------------------------------------------
 
 
@@ -471,14 +645,26 @@ def test_an_exception_is_logged(loop, ends, expect_log):
 
 @pytest.mark.parametrize("error", [BrokenPipeError, OSError])
 def test_epipe_from_a_handler_is_ignored(loop, ends, error):
+    """By the peer that is gone: it has nothing to do with what the handler did."""
+
     def handler(fd, events):
         calls(fd, events)
         raise error(errno.EPIPE, "broken pipe")
 
     calls = Recorder()
     loop.add_handler(ends[0], handler, READ)
+    ends[1].close()
     turn(loop, 2)
     assert len(calls) == 2
+
+
+def test_epipe_from_a_handler_whose_peer_is_there_is_not(loop, ends, expect_log):
+    def handler(fd, events):
+        raise BrokenPipeError(errno.EPIPE, "broken pipe")
+
+    loop.add_handler(ends[0], handler, READ)
+    turn(loop)
+    expect_log.take("Exception in callback", BrokenPipeError)
 
 
 @pytest.mark.parametrize("error", [OSError, lambda: OSError(errno.EIO, "io")])
@@ -535,6 +721,394 @@ def test_a_coroutine_handler_is_driven_to_its_end(loop, ends):
     loop.add_handler(ends[0], handler, READ)
     loop.start()
     assert done == [b"x"]
+
+
+# -- A handler whose coroutine or future is not done ----------------------------
+
+
+@pytest.fixture
+def gate():
+    return concurrent.futures.Future()
+
+
+@pytest.fixture(params=["coroutine", "future"])
+def waiting(request, gate):
+    """A handler that is done when `gate` is; its `calls` are noted."""
+
+    async def coroutine(fd, events):
+        waiting.calls(fd, events)
+        await Await(gate)
+
+    def future(fd, events):
+        waiting.calls(fd, events)
+        return gate
+
+    waiting = {"coroutine": coroutine, "future": future}[request.param]
+    waiting.calls = Recorder()
+    return waiting
+
+
+def finish(loop, fd):
+    """Remove a handler, and let the coroutine that it made last run to its end."""
+    loop.remove_handler(fd)
+    turn(loop, 3)
+
+
+def takes_pause(expect_log):
+    """What is logged of a handler that is paused."""
+    record = expect_log.take("not called again")
+    assert record.levelname == "WARNING"
+    assert expect_log == []
+
+
+def test_a_handler_is_not_called_before_it_is_done(
+    loop, ends, waiting, gate, expect_log
+):
+    """It is logged once, and the loop sleeps meanwhile."""
+    a, _ = ends
+    loop.add_handler(a, waiting, READ)
+    turn(loop, 3)
+    assert waiting.calls == [(a, READ)]
+    takes_pause(expect_log)
+    idle(loop)
+    assert waiting.calls.take() == [(a, READ)]
+    gate.set_result(None)
+    turn(loop, 6)
+    assert (a, READ) in waiting.calls
+    finish(loop, a)
+    assert expect_log == []
+
+
+def test_a_sleeping_loop_resumes_a_handler(loop, ends, waiting, gate, expect_log):
+    """Another thread says that it is done."""
+    loop.add_handler(ends[0], waiting, READ)
+    turn(loop, 3)
+    takes_pause(expect_log)
+    thread = Thread(gate.set_result, None)
+    run_until(loop, lambda: len(waiting.calls) > 1)
+    thread.join()
+    finish(loop, ends[0])
+
+
+@pytest.mark.parametrize("end", ["exception", "cancel"])
+def test_a_handler_that_failed_or_was_cancelled_is_done(
+    loop, ends, gate, expect_log, end
+):
+    calls = []
+    loop.add_handler(ends[0], lambda *_: calls.append(1) or gate, READ)
+    turn(loop, 2)
+    takes_pause(expect_log)
+    gate.cancel() if end == "cancel" else gate.set_exception(ZeroDivisionError())
+    turn(loop, 2)
+    assert len(calls) > 1
+    if end == "exception":
+        expect_log.take("Exception in callback", ZeroDivisionError)
+        expect_log.clear()  # of the calls since
+
+
+def test_a_prompt_coroutine_is_never_paused(loop):
+    """It is done by the next poll, and gets each event."""
+    got = []
+
+    async def handler(sock, events):
+        got.append(sock.recv(1))
+
+    with pair() as (a, b):
+        loop.add_handler(a, handler, READ)
+        for i in range(20):
+            b.send(b"%c" % i)
+            turn(loop, 2)
+        loop.remove_handler(a)
+    assert got == [b"%c" % i for i in range(20)]
+
+
+def test_a_slow_coroutine_without_events_is_never_paused(loop, gate):
+    """It takes its time, but nobody sends anything meanwhile."""
+    done = []
+
+    async def handler(sock, events):
+        sock.recv(9)
+        await Await(gate)
+        done.append(1)
+
+    with pair() as (a, b):
+        loop.add_handler(a, handler, READ)
+        b.send(b"x")
+        turn(loop, 5)
+        gate.set_result(None)
+        turn(loop, 3)
+        for _ in range(3):
+            b.send(b"x")
+            turn(loop, 3)
+        loop.remove_handler(a)
+    assert done == [1] * 4
+
+
+def test_a_pause_is_told_once_for_a_registration(loop, ends, expect_log):
+    calls, gates = [], []
+
+    def handler(fd, events):
+        calls.append(fd)
+        gates.append(concurrent.futures.Future())
+        return gates[-1]
+
+    loop.add_handler(ends[0], handler, READ)
+    for count in range(1, 4):
+        turn(loop, 3)
+        assert len(calls) == count
+        gates[-1].set_result(None)
+    takes_pause(expect_log)
+    loop.remove_handler(ends[0])
+    loop.add_handler(ends[0], handler, READ)
+    turn(loop, 3)
+    takes_pause(expect_log)
+
+
+def test_others_are_called_while_a_handler_is_paused(loop, ends, waiting, expect_log):
+    others = Recorder()
+    with pair() as (b, b_peer):
+        loop.add_handler(ends[0], waiting, READ)
+        loop.add_handler(b, others, READ)
+        b_peer.send(b"x")
+        turn(loop, 5)
+        loop.remove_handler(b)
+    assert (len(waiting.calls), len(others)) == (1, 5)
+    takes_pause(expect_log)
+
+
+def test_a_paused_handler_remembers_its_last_update(
+    loop, ends, waiting, gate, expect_log
+):
+    a, _ = ends
+    loop.add_handler(a, waiting, READ)
+    turn(loop, 3)
+    takes_pause(expect_log)
+    for events in (WRITE, READ | WRITE, NONE, WRITE):
+        loop.update_handler(a, events)
+        turn(loop, 2)
+    assert waiting.calls.take() == [(a, READ)]
+    gate.set_result(None)
+    turn(loop, 6)
+    assert set(waiting.calls) == {(a, WRITE)}
+    finish(loop, a)
+
+
+def test_a_paused_handler_that_was_masked_stays_silent(
+    loop, ends, waiting, gate, expect_log
+):
+    a, _ = ends
+    loop.add_handler(a, waiting, READ)
+    turn(loop, 3)
+    takes_pause(expect_log)
+    loop.update_handler(a, NONE)
+    gate.set_result(None)
+    turn(loop, 6)
+    assert waiting.calls.take() == [(a, READ)]
+    loop.update_handler(a, READ)
+    turn(loop, 3)
+    assert (a, READ) in waiting.calls
+    finish(loop, a)
+
+
+@pytest.mark.parametrize("paused", [False, True], ids=["", "paused"])
+def test_a_handler_that_is_not_done_can_be_removed(
+    loop, ends, waiting, gate, expect_log, paused
+):
+    """The end of its future calls nobody."""
+    loop.add_handler(ends[0], waiting, READ)
+    turn(loop, 2 if paused else 1)
+    if paused:
+        takes_pause(expect_log)
+    loop.remove_handler(ends[0])
+    gate.set_result(None)
+    turn(loop, 3)
+    assert len(waiting.calls) <= 1
+    assert loop.stats()["handlers"] == 0
+
+
+@pytest.mark.parametrize("ended", ["before", "after"])
+def test_a_new_registration_does_not_wait_for_the_old_one(
+    loop, ends, waiting, gate, expect_log, ended
+):
+    """Nor does the end of the old one end its own pause."""
+    a, _ = ends
+    loop.add_handler(a, waiting, READ)
+    turn(loop, 3)
+    takes_pause(expect_log)
+    loop.remove_handler(a)
+    if ended == "before":
+        gate.set_result(None)
+    calls, never = Recorder(), concurrent.futures.Future()
+    loop.add_handler(a, lambda fd, events: calls(fd, events) or never, READ)
+    turn(loop, 2)
+    if ended == "after":
+        gate.set_result(None)
+    turn(loop, 4)
+    assert calls == [(a, READ)]
+    takes_pause(expect_log)
+
+
+def test_a_paused_handler_whose_file_was_closed_gives_way(loop, gate, expect_log):
+    """Its number is free for another file, as that of every other handler."""
+    calls, others = [], Recorder()
+    with pair() as (a, b), pair() as (c, d):
+        b.send(b"x")
+        d.send(b"x")
+        number = os.dup(a.fileno())
+        loop.add_handler(number, lambda *_: calls.append(1) or gate, READ)
+        turn(loop, 3)
+        takes_pause(expect_log)
+        os.dup2(c.fileno(), number)
+        drain(a)
+        loop.add_handler(number, others, READ)
+        gate.set_result(None)
+        turn(loop, 3)
+        assert calls == [1]
+        assert set(others) == {(number, READ)}
+        loop.remove_handler(number)
+        os.close(number)
+
+
+def test_a_hang_up_waits_for_a_paused_handler(loop, gate, expect_log):
+    """It does not spin meanwhile, and it is not lost."""
+    calls = Recorder()
+
+    def handler(fd, events):
+        calls(fd, events)
+        return gate
+
+    with pipe() as (reader, writer):
+        os.write(writer, b"x")
+        loop.add_handler(reader, handler, READ)
+        turn(loop, 2)
+        takes_pause(expect_log)
+        os.close(writer)
+        idle(loop)
+        assert len(calls.take()) == 1
+        os.read(reader, 9)
+        gate.set_result(None)
+        turn(loop, 3)
+        assert calls[0][1] & (READ | ERROR)
+        loop.remove_handler(reader)
+
+
+def test_a_python_poller_pauses_too(waiting, gate, expect_log):
+    """What it reports all the same is for nobody."""
+    with pair() as (a, _):
+        fd = a.fileno()
+        impl = ScriptedPoller(*[[(fd, READ)]] * 5)
+        with ioloop.IOLoop(impl=impl) as loop:
+            loop.add_handler(fd, waiting, READ)
+            turn(loop, 4)
+            takes_pause(expect_log)
+            assert waiting.calls.take() == [(fd, READ)]
+            assert fd not in impl.registered
+            gate.set_result(None)
+            turn(loop, 4)
+            assert impl.registered[fd] & READ
+            finish(loop, fd)
+
+
+def test_a_call_is_not_ended_by_the_future_of_the_one_before(expect_log):
+    """That was done in time for the event, and is looked after only then."""
+    gates, made = [], concurrent.futures.Future
+
+    def poll():
+        if len(gates) == 1:
+            gates[0].set_result(None)
+        return [(fd, READ)]
+
+    with pair() as (a, _):
+        fd = a.fileno()
+        with ioloop.IOLoop(impl=ScriptedPoller(*[poll] * 6)) as loop:
+            loop.add_handler(fd, lambda *_: gates.append(made()) or gates[-1], READ)
+            turn(loop, 6)
+            assert len(gates) == 2
+            takes_pause(expect_log)
+            loop.remove_handler(fd)
+
+
+@pytest.mark.parametrize("end", ["first", "second"])
+def test_a_paused_handler_whose_file_is_closed_disturbs_nobody(
+    loop, gate, expect_log, end
+):
+    """Whether its future ends before or after it is removed."""
+    others = Recorder()
+    with pair() as (a, b), pair() as (c, d):
+        b.send(b"x")
+        d.send(b"x")
+        loop.add_handler(a, lambda *_: gate, READ)
+        turn(loop, 3)
+        takes_pause(expect_log)
+        loop.add_handler(c, others, READ)
+        a.close()
+        if end == "second":
+            loop.remove_handler(a)
+        gate.set_result(None)
+        turn(loop, 3)
+        loop.remove_handler(a)
+        assert loop._handlers.keys() == {c.fileno()}
+        loop.remove_handler(c)
+    assert len(others) == 3
+
+
+def test_a_future_that_can_not_say_whether_it_is_done_is_not(loop, ends, expect_log):
+    """Its error is told once, and not with every event."""
+
+    class Future:
+        def add_done_callback(self, callback):
+            self.callback = callback
+
+        def done(self):
+            raise ZeroDivisionError
+
+    calls, future = [], Future()
+    loop.add_handler(ends[0], lambda *_: calls.append(1) or future, READ)
+    turn(loop, 2)
+    expect_log.take("Exception in callback", ZeroDivisionError)
+    takes_pause(expect_log)
+    idle(loop)
+    assert calls == [1]
+    loop.remove_handler(ends[0])
+
+
+class Unfinished:
+    """A future that can't be waited for."""
+
+    def add_done_callback(self, callback):
+        raise ZeroDivisionError
+
+
+def test_a_handler_with_a_future_that_fails_is_called_again(loop, ends, expect_log):
+    """There is nothing to wait for."""
+    calls = []
+    loop.add_handler(ends[0], lambda *_: calls.append(1) or Unfinished(), READ)
+    turn(loop, 3)
+    assert len(calls) == 3
+    for _ in range(3):
+        expect_log.take("Exception in callback", ZeroDivisionError)
+
+
+@pytest.mark.parametrize("closed", [False, True], ids=["", "closed"])
+def test_a_loop_with_a_paused_handler_is_collected(poller, ends, expect_log, closed):
+    """With the future that it waits for, which refers to it."""
+    futures = [concurrent.futures.Future()]
+    loop = poller.module.IOLoop(impl=poller.impl())
+    loop.add_handler(ends[0], lambda *_: futures[0], READ)
+    turn(loop, 3)
+    takes_pause(expect_log)
+    reference = weakref.ref(loop)
+    if closed:
+        loop.close()
+        del loop
+    else:
+        with pytest.warns(ResourceWarning, match="unclosed"):
+            del loop
+            futures.clear()
+            gc.collect()
+    futures.clear()
+    gc.collect()
+    assert reference() is None
 
 
 # -- From within a handler ----------------------------------------------------
@@ -745,14 +1319,18 @@ def test_wrong_thread(loop, ends, call):
 
 
 def test_B15_after_close(loop, ends):
+    """What is left to do in a `finally` does nothing; all else is refused."""
+    loop.add_handler(ends[0], fail, READ)
     loop.close()
     for call in (
         lambda: loop.add_handler(ends[0], print, READ),
         lambda: loop.update_handler(ends[0], READ),
-        lambda: loop.remove_handler(ends[0]),
     ):
         with pytest.raises(RuntimeError, match="IOLoop is closed"):
             call()
+    for fd in (ends[0], ends[0].fileno(), free_number(), Fileno(OSError)):
+        loop.remove_handler(fd)
+        in_thread(loop.remove_handler, fd)
 
 
 def test_stats_count_handlers_events_and_polls(loop):
@@ -779,3 +1357,27 @@ def test_error_reaches_a_handler_that_did_not_ask(loop, ends):
     loop.add_handler(a, calls, READ)
     turn(loop)
     assert calls[0][1] & ERROR
+
+
+EXCLUSIVE = 1 << 28
+
+
+@pytest.mark.parametrize("poller", ["epoll"], indirect=True)
+def test_a_handler_that_can_not_be_paused_by_another_mask(loop, expect_log):
+    """The kernel refuses to change an exclusive registration."""
+    calls, future = [], concurrent.futures.Future()
+
+    def handler(sock, events):
+        calls.append(1)
+        return None if future.done() else future
+
+    with readable() as (a, _):
+        loop.add_handler(a, handler, READ | EXCLUSIVE)
+        turn(loop, 2)
+        expect_log.take("not called again")
+        idle(loop)
+        assert calls == [1]
+        future.set_result(None)
+        turn(loop, 3)
+        assert len(calls) > 1
+        loop.remove_handler(a)

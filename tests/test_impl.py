@@ -261,12 +261,70 @@ def test_what_is_no_impl_is_refused_at_once(missing, counted_files):
     assert not counted_files()
 
 
-@pytest.mark.parametrize("impl", [ioloop._EPoll, select.epoll, select.poll()])
-def test_what_is_no_impl_though_it_has_the_methods(impl, counted_files):
-    """A class, and what counts in milliseconds: it would spin."""
-    with pytest.raises(TypeError, match="class|milliseconds"):
+@pytest.mark.parametrize("impl", [ioloop._EPoll, select.epoll])
+def test_a_class_is_no_impl_though_it_has_the_methods(impl, counted_files):
+    with pytest.raises(TypeError, match="class"):
         ioloop.IOLoop(impl=impl)
     assert not counted_files()
+
+
+def poller_class(name, module, *bases):
+    return type(name, bases or (ScriptedPoller,), {"__module__": module})
+
+
+def gevents():
+    """As gevent.select.poll: it has a poll() of its own."""
+    body = {"__module__": "gevent.select", "poll": lambda self, timeout=None: []}
+    return type("poll", (ScriptedPoller,), body)
+
+
+def zmqs():
+    return pytest.importorskip("zmq").Poller
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: select.poll,
+        gevents,
+        lambda: type("Derived", (gevents(),), {}),
+        zmqs,
+        lambda: type("Derived", (zmqs(),), {}),
+    ],
+    ids=["select", "gevent", "derived from it", "zmq", "derived from that"],
+)
+def test_what_counts_in_milliseconds_is_refused(make, counted_files):
+    """It would spin."""
+    impl = make()()
+    with pytest.raises(TypeError, match="milliseconds"):
+        ioloop.IOLoop(impl=impl)
+    assert not counted_files()
+
+
+@pytest.mark.parametrize(
+    "impl",
+    [
+        poller_class("Poll", "gevent.select"),
+        poller_class("poller", "acme"),
+        poller_class("Poller", "zmq_tools.poll"),
+        poller_class("Poller", "acme.zmq"),
+    ],
+    ids=lambda impl: f"{impl.__module__}.{impl.__name__}",
+)
+def test_what_has_another_name_is_not_refused(impl):
+    with ioloop.IOLoop(impl=impl()) as loop:
+        turn(loop)
+
+
+def test_a_subclass_that_counts_in_seconds_is_accepted():
+    """Its poll() is its own, whatever it derives from."""
+
+    class Seconds(gevents()):
+        def poll(self, seconds):
+            return []
+
+    with ioloop.IOLoop(impl=Seconds()) as loop:
+        turn(loop)
 
 
 def test_A33_an_impl_that_fails_to_register_the_waker(counted_files):
@@ -759,6 +817,81 @@ def test_A4_update_with_a_python_impl():
         b_peer.send(b"x")
         turn(loop)
         assert calls == [(number, READ)]
+
+
+@pytest.mark.parametrize("events", [READ, NONE])
+@pytest.mark.parametrize("impl", [select.epoll, PollWrapper])
+def test_a_number_used_again_with_a_python_impl(impl, events):
+    """What the impl can't tell the loop sees: it is another open file."""
+    first, second = os.eventfd(0), os.eventfd(1)
+    old, new = Recorder(), Recorder()
+    with ioloop.IOLoop(impl=impl()) as loop:
+        loop.add_handler(first, old, events)
+        os.dup2(second, first)
+        loop.add_handler(first, new, READ)
+        turn(loop)
+        assert (old, new) == ([], [(first, READ)])
+        os.close(first)
+        os.close(second)
+
+
+@pytest.mark.parametrize("impl", [select.epoll, PollWrapper])
+def test_a_masked_handler_is_a_handler_with_a_python_impl(impl):
+    with pair() as (a, b), ioloop.IOLoop(impl=impl()) as loop:
+        calls = Recorder()
+        b.send(b"x")
+        for events in (READ, NONE, WRITE, NONE, READ):
+            if loop.stats()["handlers"]:
+                loop.update_handler(a, events)
+            else:
+                loop.add_handler(a, calls, events)
+            with pytest.raises(FileExistsError):
+                loop.add_handler(a, print, READ)
+            turn(loop)
+            assert calls.take() == ([(a, events)] if events else [])
+
+
+def test_oneshot_that_has_fired_stays_fired_with_a_python_impl():
+    """One that has a set of its own in the child."""
+
+    class Epoll:
+        def __init__(self):
+            self.reinit()
+
+        def reinit(self):
+            self.epoll = select.epoll()
+            for name in ("register", "modify", "unregister", "poll", "close"):
+                setattr(self, name, getattr(self.epoll, name))
+
+    with pairs(2) as [(a, b), (c, d)], ioloop.IOLoop(impl=Epoll()) as loop:
+        calls = Recorder()
+        for fd in (a, c):
+            loop.add_handler(fd, calls, READ | loop._EPOLLONESHOT)
+        b.send(b"x")
+        turn(loop, 2)
+        assert calls.take() == [(a, READ)]
+        with child() as inside:
+            if inside:
+                loop.reinit()
+                turn(loop)
+                assert calls == []
+                d.send(b"x")
+                turn(loop, 2)
+                assert calls.take() == [(c, READ)]
+                loop.update_handler(a, READ)
+                turn(loop)
+                assert calls == [(a, READ)]
+
+
+def test_a_nearer_timeout_wakes_who_watches_a_python_impl():
+    with ioloop.IOLoop(impl=select.epoll()) as loop, select.epoll() as outer:
+        outer.register(loop.fileno(), select.EPOLLIN)
+        turn(loop)
+        assert not outer.poll(0)
+        loop.call_later(60, int)
+        assert outer.poll(0)
+        turn(loop, 2)
+        assert not outer.poll(0)
 
 
 def test_A5_add_with_a_python_impl():

@@ -8,6 +8,9 @@ import os
 import select
 import signal
 import socket
+import sysconfig
+from pathlib import Path
+from unittest import mock
 
 import pytest
 from helpers import (
@@ -24,6 +27,7 @@ from helpers import (
     pipe,
     turn,
 )
+from support import compile_library
 
 import ioloop
 
@@ -52,6 +56,138 @@ def test_the_fake_is_no_part_of_the_module(poller):
     assert error.value.errno == errno.ENOSYS
     assert poller.module is not ioloop
     assert poller.module._poll is poller.module._EPoll
+
+
+FAKE = """
+#include <Python.h>
+#include "fake_kqueue.h"
+
+int make_queue(void) { return kqueue(); }
+
+int change(int kq, int fd, short filter, unsigned short flags)
+{
+    struct kevent change;
+    EV_SET(&change, fd, filter, flags, 0, 0, NULL);
+    return kevent(kq, &change, 1, NULL, 0, NULL) < 0 ? errno : 0;
+}
+
+int ready(int kq, int *fds)
+{
+    struct kevent events[8];
+    struct timespec now = {0, 0};
+    int i, n = kevent(kq, NULL, 0, events, 8, &now);
+    for (i = 0; i < n; i++)
+        fds[i] = events[i].ident;
+    return n;
+}
+"""
+EV_READ, EV_WRITE = -1, -2
+ADD, DELETE, ENABLE, DISABLE = 1, 2, 4, 8
+
+
+@pytest.fixture(scope="session")
+def fake(tmp_path_factory):
+    """The fake by itself: make_queue(), change(...) and ready(...)."""
+    source = tmp_path_factory.mktemp("fake") / "fake.c"
+    source.write_text(FAKE)
+    include = [sysconfig.get_path("include"), str(Path(__file__).parent)]
+    with mock.patch.dict(os.environ, C_INCLUDE_PATH=os.pathsep.join(include)):
+        return ctypes.CDLL(str(compile_library(source, source.with_suffix(".so"))))
+
+
+class Queue:
+    def __init__(self, fake):
+        self.fake, self.number = fake, fake.make_queue()
+
+    def change(self, fd, which, flags):
+        """Make a change to a filter; 0 or an errno."""
+        return self.fake.change(self.number, fd, which, flags)
+
+    def ready(self):
+        """The fds that have events."""
+        fds = (ctypes.c_int * 8)()
+        return fds[: self.fake.ready(self.number, fds)]
+
+
+@pytest.fixture
+def queues(fake, poller):
+    """Two queues of the fake."""
+    made = [Queue(fake), Queue(fake)]
+    yield made
+    close(*(queue.number for queue in made))
+
+
+@pytest.fixture
+def queue(queues):
+    return queues[0]
+
+
+def test_the_fake_enables_and_disables_as_bsd(queue):
+    """Adding a filter that is there changes nothing of that."""
+    with pair() as (a, b):
+        b.send(b"x")
+        fd = a.fileno()
+        assert queue.change(fd, EV_READ, ENABLE) == errno.ENOENT
+        for flags, ready in (
+            (ADD, [fd]),
+            (DISABLE, []),
+            (ADD, []),
+            (ENABLE, [fd]),
+            (ADD | DISABLE, []),
+            (ADD | ENABLE, [fd]),
+            (ADD, [fd]),
+        ):
+            assert queue.change(fd, EV_READ, flags) == 0
+            assert queue.ready() == ready
+        assert queue.change(fd, EV_READ, DELETE) == 0
+        assert queue.change(fd, EV_READ, DISABLE) == errno.ENOENT
+        assert queue.change(fd, EV_READ, ADD | DISABLE) == 0
+        assert queue.change(fd, EV_WRITE, DELETE) == errno.ENOENT
+        assert queue.ready() == []
+
+
+@pytest.mark.parametrize("flags", [ADD, ADD | DISABLE])
+def test_the_fake_drops_the_filters_of_a_closed_file(queue, flags):
+    """Also of those that have one inode, and where the old one comes back."""
+    a, b = os.eventfd(0), os.eventfd(1)
+    number = os.dup(a)
+    try:
+        assert queue.change(number, EV_READ, flags) == 0
+        assert queue.change(number, EV_READ, DISABLE) == 0
+        os.dup2(b, number)
+        assert queue.change(number, EV_READ, ENABLE) == errno.ENOENT
+        assert queue.ready() == []
+        assert queue.change(number, EV_READ, ADD) == 0
+        assert queue.ready() == [number]
+        os.dup2(a, number)
+        os.eventfd_write(a, 1)
+        assert queue.change(number, EV_READ, ENABLE) == errno.ENOENT
+        assert queue.ready() == []
+        assert queue.change(number, EV_READ, ADD) == 0
+        os.close(number)
+        assert queue.ready() == []
+        assert queue.change(number, EV_READ, ENABLE) == errno.EBADF
+    finally:
+        close(a, b, number)
+
+
+def test_the_fake_keeps_queues_apart(queues):
+    """What one forgets the other has still; what is closed is lost to both."""
+    queue, other = queues
+    a, b = os.eventfd(1), os.eventfd(1)
+    number = os.dup(a)
+    try:
+        assert other.change(number, EV_READ, ADD) == 0
+        assert queue.change(number, EV_READ, ADD) == 0
+        assert queue.change(number, EV_READ, DELETE) == 0
+        assert other.change(number, EV_READ, ENABLE) == 0
+        os.dup2(b, number)
+        assert queue.change(number, EV_READ, ADD) == 0
+        os.dup2(a, number)
+        assert other.change(number, EV_READ, ENABLE) == errno.ENOENT
+        assert queue.ready() == []
+    finally:
+        close(a, b, number)
 
 
 # -- Events -------------------------------------------------------------------
@@ -176,6 +312,8 @@ def test_A21_update_is_all_or_nothing(loop, fail_add, before, n):
         b.send(b"x")
         turn(loop)
         assert calls == ([(a, before)] if before else [])
+        if not before:
+            idle(loop, 0.01)
         calls.clear()
         loop.update_handler(a, READ | WRITE)
         turn(loop)
@@ -237,6 +375,24 @@ def test_A21_a_signal_in_the_wait_loses_no_change(loop):
             signal.signal(signal.SIGALRM, before)
         assert calls == [(a, READ)]
         assert len(signals) == 3
+
+
+@pytest.mark.parametrize("events", [READ, WRITE, READ | WRITE])
+def test_no_events_asked_and_then_an_add_that_fails(loop, fail_add, events):
+    """What stands for no events is as quiet after it as before."""
+    with pair() as (a, b):
+        calls = Recorder()
+        b.send(b"x")
+        loop.add_handler(a, calls, events)
+        loop.update_handler(a, NONE)
+        fail_add(1, errno.ENOMEM)
+        with pytest.raises(OSError):
+            loop.update_handler(a, events)
+        b.close()
+        idle(loop, 0.01)
+        assert calls == []
+        with pytest.raises(FileExistsError):
+            loop.add_handler(a, calls, events)
 
 
 def test_write_end_of_a_pipe_closed_before_it_is_added(loop):

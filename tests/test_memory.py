@@ -339,7 +339,7 @@ def test_the_queue_shrinks(loop):
         turn(loop)
         for _ in range(50):
             loop.call_later(0.0001, int)
-            loop.run_once()
+            loop.run_once(0.001)
 
     # In an empty context a callback is an entry of the queue, and nothing else.
     assert contextvars.Context().run(growth, burst, 0, 1) < 20_000

@@ -181,11 +181,9 @@ class Model(Interpreter):
     def events(self, batch):
         self.batches.append(batch)
 
-    def call(self, name, program, *args, ignored=()):
+    def call(self, name, program, *args):
         try:
             self.run(name, program, *args)
-        except ignored:
-            pass
         except Exception:
             self.log.append("hook")
 
@@ -223,7 +221,7 @@ class Model(Interpreter):
             if self.handlers.get(fd) is handler:
                 mask &= handler[0] | ERROR
                 if handler[0] and mask:
-                    self.call(*handler[1:], fd, mask, ignored=BrokenPipeError)
+                    self.call(*handler[1:], fd, mask)
 
     def start(self):
         try:

@@ -21,7 +21,14 @@ ENDLESS = [
     test_faults.reinit,
 ]
 # Those that call Python functions, which need memory of their own to do their part.
-OF_THE_USER = [test_faults.run_sync, test_faults.close_with_all_fds]
+OF_THE_USER = [
+    test_faults.run_sync,
+    test_faults.close_with_all_fds,
+    # threading's start() waits for ever for a thread that has no memory to begin.
+    test_faults.start_watched,
+    test_faults.start_watched_by_signal,
+    test_faults.set_blocking_threshold_while_it_runs,
+]
 # An operation is through when so many first allocations may fail in turn.
 ENOUGH = 12
 

@@ -3,6 +3,8 @@
 import asyncio
 import concurrent.futures
 import datetime
+import decimal
+import fractions
 import gc
 import math
 import random
@@ -40,8 +42,10 @@ def times(clock):
 
 def run_for(loop, seconds):
     handle = loop.call_later(seconds, loop.stop)
-    loop.start()
-    handle.cancel()
+    try:
+        loop.start()
+    finally:
+        handle.cancel()
 
 
 @pytest.mark.parametrize(
@@ -78,10 +82,56 @@ def test_C19_a_period_must_be_positive(fake, period):
         PeriodicCallback(int, period, fake)
 
 
-@pytest.mark.parametrize("period", [None, "1", object()])
+@pytest.mark.parametrize("period", [None, "1", b"1", 1j, [], object()], ids=repr)
 def test_C19_a_period_is_a_number(fake, period):
     with pytest.raises(TypeError):
         PeriodicCallback(int, period, fake)
+    periodic = PeriodicCallback(int, 100, fake)
+    with pytest.raises(TypeError):
+        periodic.callback_time = period
+    assert periodic.callback_time == 100
+
+
+class Float:
+    """Nothing but a number of milliseconds can be had of it."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __float__(self):
+        return float(self.value)
+
+    def __gt__(self, other):
+        raise AssertionError("compared")
+
+    __lt__ = __ge__ = __le__ = __eq__ = __bool__ = __truediv__ = __gt__
+
+
+class Index:
+    def __init__(self, value):
+        self.value = value
+
+    def __index__(self):
+        return int(self.value)
+
+
+@pytest.mark.parametrize("kind", [decimal.Decimal, fractions.Fraction, Float, Index])
+def test_periods_are_of_any_kind_of_number(fake, times, kind):
+    periodic = PeriodicCallback(times, kind(100), fake)
+    assert (type(periodic.callback_time), periodic.callback_time) == (float, 100)
+    periodic.start()
+    run_for(fake, 0.15)
+    periodic.callback_time = kind(200)
+    run_for(fake, 0.3)
+    periodic.stop()
+    assert times == [0.1, 0.2, 0.4]
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "-inf"])
+@pytest.mark.parametrize("kind", [decimal.Decimal, Float])
+def test_periods_of_any_kind_must_be_positive(fake, kind, value):
+    with pytest.raises(ValueError):
+        PeriodicCallback(int, kind(value), fake)
 
 
 @pytest.mark.parametrize("callback", [None, 1, "f"])
@@ -342,17 +392,10 @@ def test_stopped_and_started_while_a_future_is_pending(fake, times):
 
 
 @pytest.mark.parametrize("how", ["coroutine", "future"])
-@pytest.mark.parametrize("restarts", [1, 3])
-def test_restarted_while_a_call_is_pending_it_does_not_overlap(
-    fake, times, how, restarts
-):
-    """One tick, after the end of the call: however often it was started."""
-    futures = []
-
+def test_restarted_it_calls_again_though_an_old_call_never_ends(fake, times, how):
     def future():
         times()
-        futures.append(concurrent.futures.Future())
-        return futures[-1]
+        return concurrent.futures.Future()
 
     async def coroutine():
         await Await(future())
@@ -360,22 +403,64 @@ def test_restarted_while_a_call_is_pending_it_does_not_overlap(
     work = {"coroutine": coroutine, "future": future}[how]
     periodic = PeriodicCallback(work, 100, fake)
     periodic.start()
-    run_for(fake, 0.15)
-    for _ in range(restarts):
+    run_for(fake, 0.25)
+    for _ in range(2):
         periodic.stop()
         periodic.start()
         run_for(fake, 0.25)
-    assert times == [0.1]
-    for count in (1, 2):
-        futures[-1].set_result(None)
-        turn(fake, 3)
-        assert fake.stats()["pending_timeouts"] == 1
-        run_for(fake, 0.25)
-        assert len(times) == count + 1
+    assert times == [0.1, 0.35, 0.6]
     periodic.stop()
-    futures[-1].set_result(None)
-    turn(fake, 3)
+
+
+def test_restarted_in_a_callback_whose_future_never_ends_it_calls_again(fake, times):
+    """The call belongs to the start before."""
+
+    def work():
+        times()
+        periodic.stop()
+        periodic.start()
+        return concurrent.futures.Future()
+
+    periodic = PeriodicCallback(work, 100, fake)
+    periodic.start()
+    run_for(fake, 0.35)
+    periodic.stop()
+    assert times == [0.1, 0.2, 0.3]
     assert fake.stats()["pending_timeouts"] == 0
+
+
+@pytest.mark.parametrize("end", ["result", "exception", "cancel"])
+def test_an_old_call_that_ends_after_a_restart_sets_no_tick(
+    fake, times, expect_log, end
+):
+    """What it raised is told all the same."""
+    futures = []
+
+    def work():
+        times()
+        futures.append(concurrent.futures.Future())
+        return futures[-1]
+
+    periodic = PeriodicCallback(work, 100, fake)
+    periodic.start()
+    run_for(fake, 0.15)
+    periodic.stop()
+    periodic.start()
+    run_for(fake, 0.15)
+    if end == "result":
+        futures[0].set_result(None)
+    elif end == "exception":
+        futures[0].set_exception(ZeroDivisionError())
+    else:
+        futures[0].cancel()
+    run_for(fake, 0.3)
+    assert times == [0.1, 0.25], "the second call has not ended"
+    futures[1].set_result(None)
+    run_for(fake, 0.1)
+    periodic.stop()
+    assert times == [0.1, 0.25, 0.65]
+    if end == "exception":
+        expect_log.take("Exception in callback .*work", ZeroDivisionError)
 
 
 @pytest.mark.parametrize("steps", [0, 1])
@@ -449,6 +534,211 @@ def test_an_asyncio_future_is_taken_too(fake, times):
         asyncio_loop.close()
 
 
+# -- What is no Exception ------------------------------------------------------
+
+BASE = [Exit, KeyboardInterrupt, SystemExit]
+
+
+class Future:
+    """One that raises `error` at the `broken` step, once."""
+
+    def __init__(self, broken=None, error=None):
+        self.broken, self.error = broken, error
+        self.callbacks = []
+
+    def step(self, name):
+        if name == self.broken:
+            self.broken = None
+            raise self.error
+
+    def add_done_callback(self, callback):
+        self.step("before it is attached")
+        self.callbacks.append(callback)
+        self.step("after it was attached")
+
+    def finish(self):
+        for callback in self.callbacks:
+            callback(self)
+
+    def cancelled(self):
+        self.step("cancelled")
+        return False
+
+    def result(self):
+        self.step("result")
+
+
+STEPS = ["before it is attached", "after it was attached", "cancelled", "result"]
+
+
+@pytest.mark.parametrize("error", BASE)
+@pytest.mark.parametrize("step", STEPS)
+def test_interrupted_by_a_future_it_goes_on(fake, times, step, error):
+    """The exception leaves start(), and there is one next tick."""
+
+    def work():
+        times()
+        if len(times) == 1:
+            future = Future(step, error)
+            fake.call_later(0.01, future.finish)
+            return future
+
+    periodic = PeriodicCallback(work, 100, fake)
+    periodic.start()
+    with pytest.raises(error):
+        run_for(fake, 1)
+    run_for(fake, 0.35)
+    assert times == [0.1, 0.2, 0.3, 0.4]
+    assert periodic.is_running()
+    periodic.stop()
+    assert fake.stats()["pending_timeouts"] == 0
+
+
+@pytest.mark.parametrize("error", BASE)
+def test_a_future_that_ended_by_what_is_no_exception(fake, times, error):
+    def work():
+        times()
+        future = concurrent.futures.Future()
+        future.set_exception(error())
+        return future
+
+    periodic = PeriodicCallback(work, 100, fake)
+    periodic.start()
+    for _ in range(3):
+        with pytest.raises(error):
+            run_for(fake, 1)
+    periodic.stop()
+    assert times == [0.1, 0.2, 0.3]
+
+
+@pytest.mark.parametrize("error", BASE)
+@pytest.mark.parametrize("how", ["callback", "coroutine", "future"])
+def test_interrupted_by_the_hook_it_goes_on(fake, times, how, error):
+    def callback():
+        times()
+        raise ZeroDivisionError
+
+    async def coroutine():
+        callback()
+
+    def future():
+        times()
+        done = concurrent.futures.Future()
+        done.set_exception(ZeroDivisionError())
+        return done
+
+    work = {"callback": callback, "coroutine": coroutine, "future": future}[how]
+    fake.handle_callback_exception = lambda callback: fail(error)
+    periodic = PeriodicCallback(work, 100, fake)
+    periodic.start()
+    for _ in range(3):
+        with pytest.raises(error):
+            run_for(fake, 1)
+    del fake.handle_callback_exception
+    periodic.stop()
+    assert times == [0.1, 0.2, 0.3]
+
+
+@pytest.fixture
+def broken():
+    """Put an exception in: the clock of `breakable` raises it, once."""
+    return []
+
+
+@pytest.fixture
+def breakable(clock, broken):
+    def time_func():
+        return fail(broken.pop()) if broken else clock()
+
+    impl = ScriptedPoller(clock=clock)
+    with ioloop.IOLoop(impl=impl, time_func=time_func) as loop:
+        yield loop
+
+
+def breaking(times, broken, error, result):
+    """A callback that breaks the clock in its first call."""
+
+    def work():
+        times()
+        if len(times) == 1:
+            broken.append(error)
+        return result
+
+    return work
+
+
+def ended():
+    future = concurrent.futures.Future()
+    future.set_result(None)
+    return future
+
+
+@pytest.mark.parametrize("result", [None, ended()], ids=["", "future"])
+@pytest.mark.parametrize("error", BASE)
+def test_a_clock_that_is_interrupted_after_a_call_stops_nothing(
+    breakable, broken, times, error, result
+):
+    """The next tick is a period after the last."""
+    work = breaking(times, broken, error, result)
+    periodic = PeriodicCallback(work, 100, breakable)
+    periodic.start()
+    with pytest.raises(error):
+        run_for(breakable, 1)
+    run_for(breakable, 0.25)
+    periodic.stop()
+    assert times == [0.1, 0.2, 0.3]
+
+
+@pytest.mark.parametrize("result", [None, ended()], ids=["", "future"])
+def test_a_clock_that_fails_after_a_call_stops_nothing(
+    breakable, broken, times, result, expect_log
+):
+    work = breaking(times, broken, OSError, result)
+    periodic = PeriodicCallback(work, 100, breakable)
+    periodic.start()
+    run_for(breakable, 0.35)
+    periodic.stop()
+    assert times == [0.1, 0.2, 0.3]
+    expect_log.take("Exception in callback", OSError)
+
+
+def test_stopped_in_its_callback_it_asks_no_clock(breakable, broken, times):
+    """There is no next tick whose time would have to be told."""
+
+    def once():
+        times()
+        periodic.stop()
+        broken.append(OSError)
+
+    periodic = PeriodicCallback(once, 100, breakable)
+    periodic.start()
+    with pytest.raises(OSError):
+        run_for(breakable, 1)  # the loop does, in its next iteration
+    assert times == [0.1]
+
+
+@pytest.mark.parametrize("error", [*BASE, OSError])
+def test_running_is_what_has_a_next_tick(fake, clock, monkeypatch, expect_log, error):
+    """Also if the length of the next period can't be told."""
+    broken = []
+    monkeypatch.setattr(random, "random", lambda: broken and fail(error) or 0.5)
+    periodic = PeriodicCallback(lambda: broken.append(1), 100, fake, jitter=0.5)
+    periodic.start()
+    clock.advance(0.1)
+    try:
+        turn(fake)
+    except error:
+        pass
+    assert broken
+    assert periodic.is_running() == (fake.stats()["pending_timeouts"] == 1)
+    broken.clear()
+    expect_log.clear()
+    periodic.stop()
+    periodic.start()
+    assert fake.stats()["pending_timeouts"] == 1
+    periodic.stop()
+
+
 # -- Jitter --------------------------------------------------------------------
 
 
@@ -490,6 +780,12 @@ def test_the_default_is_the_current_loop(fake):
         assert PeriodicCallback(int, 100).io_loop is fake
     finally:
         fake.clear_current()
+
+
+def test_the_default_is_the_first_loop_of_the_thread(fake):
+    with ioloop.IOLoop():
+        assert PeriodicCallback(int, 100).io_loop is fake
+    assert not ioloop.IOLoop.initialized()
 
 
 def test_without_a_current_loop_it_is_the_instance():
@@ -551,10 +847,21 @@ def test_closed_loop(times):
     assert not periodic.is_running()
 
 
-def test_loop_closed_between_ticks_does_not_fire():
-    loop = ioloop.IOLoop(impl=ScriptedPoller(), time_func=FakeClock())
-    PeriodicCallback(fail, 100, loop).start()
+def test_loop_closed_between_ticks_does_not_fire(times, clock, caplog):
+    """Nor does the end of a call set a tick, and it is not refused either."""
+    gate = concurrent.futures.Future()
+    loop = ioloop.IOLoop(impl=ScriptedPoller(clock=clock), time_func=clock)
+    periodic = PeriodicCallback(lambda: times() or gate, 100, loop)
+    waiting = PeriodicCallback(times, 150, loop)
+    periodic.start(), waiting.start()
+    run_for(loop, 0.12)
     loop.close()
+    gate.set_result(None)
+    clock.advance(1)
+    in_thread(periodic.stop), waiting.stop()
+    assert times == [0.1]
+    assert not (periodic.is_running() or waiting.is_running())
+    assert caplog.messages == []
 
 
 def test_B16_wrong_thread(loop, poller):

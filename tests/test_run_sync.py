@@ -3,12 +3,15 @@
 import asyncio
 import concurrent.futures
 import contextvars
+import decimal
+import fractions
 import gc
 import types
 import weakref
+from unittest import mock
 
 import pytest
-from helpers import READ, turn
+from helpers import READ, run_until, turn
 from support import FOREVER, Await, Exit, Thread, fail, in_thread, readable
 
 var = contextvars.ContextVar("var", default="unset")
@@ -152,7 +155,14 @@ def test_timeout_that_is_not_needed(loop, kind):
     assert loop.stats()["pending_timeouts"] == 0
 
 
-@pytest.mark.parametrize("timeout", ["1", object(), float("nan")])
+@pytest.mark.parametrize("kind", [decimal.Decimal, fractions.Fraction])
+def test_timeouts_are_of_any_kind_of_number(loop, kind):
+    with pytest.raises(TimeoutError):
+        loop.run_sync(concurrent.futures.Future, kind(1) / 500)
+    assert loop.run_sync(lambda: 7, kind(FOREVER)) == 7
+
+
+@pytest.mark.parametrize("timeout", ["1", object(), float("nan"), mock.Mock()])
 def test_timeout_that_is_nonsense(loop, timeout):
     with pytest.raises((TypeError, ValueError)):
         loop.run_sync(int, timeout)
@@ -641,3 +651,276 @@ def test_futures_and_coroutines_of_handlers_do_not_pile_up(loop):
         turn(loop, 50)
         loop.remove_handler(a)
         assert loop.stats()["pending_callbacks"] <= 1
+
+
+# -- What is a future ----------------------------------------------------------
+
+
+class Answers:
+    """Has whatever it is asked for."""
+
+    def __getattr__(self, name):
+        return lambda *args: self
+
+
+class Refuses:
+    """Fails when it is asked for anything."""
+
+    def __getattr__(self, name):
+        raise RuntimeError("hostile")
+
+
+class Generators(type):
+    """Instances, which are classes, have what a generator has."""
+
+    gi_code = types.SimpleNamespace(co_flags=0x100)
+
+
+def make_generator():
+    """One that is no coroutine."""
+    yield
+
+
+PLAIN = {
+    "Mock": mock.Mock(),
+    "MagicMock": mock.MagicMock(),
+    "AsyncMock": mock.AsyncMock(),
+    "NonCallableMock": mock.NonCallableMock(add_done_callback=None),
+    "attribute": types.SimpleNamespace(add_done_callback=int, result=int),
+    "gi_code": types.SimpleNamespace(gi_code=Generators.gi_code, send=int),
+    "__await__": types.SimpleNamespace(__await__=lambda: iter("x")),
+    "Answers": Answers(),
+    "Refuses": Refuses(),
+    "a class of futures": concurrent.futures.Future,
+    "a class of asyncio's": asyncio.Future,
+    "a class of awaitables": Await,
+    "a generator": make_generator(),
+    "a generator function": make_generator,
+    "a class with gi_code": Generators("Class", (), {}),
+}
+plain = pytest.mark.parametrize("value", PLAIN.values(), ids=PLAIN)
+
+
+@plain
+def test_a_value_that_only_looks_like_a_future_is_returned(loop, value):
+    assert loop.run_sync(lambda: value, timeout=1) is value
+
+
+@plain
+def test_a_value_that_only_looks_like_a_future_is_ignored(loop, value):
+    """As is every other, whoever returns it."""
+    calls = []
+    with readable() as (loop.sock, _):
+        for way in (add_callback, call_later, add_handler):
+            way(loop, lambda: calls.append(1) or value)
+        turn(loop, 3)
+    del loop.sock
+    assert calls == [1, 1, 1]
+    assert loop.stats()["pending_callbacks"] == 0
+
+
+@plain
+def test_a_value_that_only_looks_like_a_future_does_not_stop_ticks(loop, poller, value):
+    calls = []
+    periodic = poller.module.PeriodicCallback(
+        lambda: calls.append(1) or value, 0.1, loop
+    )
+    periodic.start()
+    run_until(loop, lambda: len(calls) >= 3)
+    periodic.stop()
+
+
+@plain
+def test_what_only_looks_like_a_future_can_not_be_awaited(loop, value):
+    log = []
+
+    async def work():
+        try:
+            await Await(value)
+        except TypeError:
+            log.append("refused")
+
+    loop.add_callback(work)
+    until(loop, log, 1)
+
+
+def test_a_coroutine_function_that_is_a_mock(loop, run):
+    """What it returns is a coroutine, whoever made it."""
+    work = mock.AsyncMock(return_value=7)
+    run(work)
+    run_until(loop, lambda: work.await_count)
+    assert loop.run_sync(work) == 7
+
+
+class Proxy:
+    """Says that it is what it stands for."""
+
+    def __init__(self, target):
+        self.target = target
+
+    @property
+    def __class__(self):
+        return type(self.target)
+
+    def __getattr__(self, name):
+        return getattr(self.target, name)
+
+
+class Duck:
+    """All that a future needs."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def add_done_callback(self, callback):
+        self.inner.add_done_callback(lambda _: callback(self))
+
+    def result(self):
+        return self.inner.result()
+
+
+@pytest.mark.parametrize("wrap", [Proxy, weakref.proxy, Duck])
+@pytest.mark.parametrize("end", ["early", "late"])
+def test_what_stands_for_a_future_is_one(loop, wrap, end):
+    gate = concurrent.futures.Future()
+    if end == "early":
+        gate.set_result(7)
+    else:
+        loop.call_later(0, gate.set_result, 7)
+
+    async def work():
+        return await Await(wrap(gate))
+
+    assert loop.run_sync(work, timeout=5) == 7
+    assert loop.run_sync(lambda: wrap(gate), timeout=5) == 7
+
+
+def test_a_mock_with_the_class_of_a_future_is_one(loop, poller):
+    """By its class: it is waited for, for ever."""
+    pending = mock.Mock(spec=concurrent.futures.Future)
+    calls = []
+    periodic = poller.module.PeriodicCallback(
+        lambda: calls.append(1) or pending, 0.1, loop
+    )
+    periodic.start()
+    loop.call_later(0.01, loop.stop)
+    loop.start()
+    periodic.stop()
+    assert calls == [1]
+    pending.add_done_callback.assert_called_once()
+
+
+def test_a_future_of_asyncio_is_one(loop):
+    asyncio_loop = asyncio.new_event_loop()
+    try:
+        pending = asyncio_loop.create_future()
+        asyncio_loop.call_soon(pending.set_result, 7)
+        loop.call_later(0.001, asyncio_loop.run_until_complete, pending)
+        assert loop.run_sync(lambda: pending, timeout=5) == 7
+    finally:
+        asyncio_loop.close()
+
+
+def test_only_the_class_of_a_future_is_asked_for_its_methods(loop, run, expect_log):
+    """Else a failure would be taken for a cancelling."""
+    asked = []
+
+    class Evasive(Duck):
+        def __getattr__(self, name):
+            asked.append(name)
+            return lambda: True
+
+    run(lambda: Evasive(future(error=ZeroDivisionError())))
+    turn(loop, 4)
+    expect_log.take("Exception in callback", ZeroDivisionError)
+    with pytest.raises(TimeoutError):
+        loop.run_sync(lambda: Evasive(concurrent.futures.Future()), timeout=0)
+    assert asked == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError, Exit])
+def test_a_class_that_can_not_be_told(loop, run, error, expect_log):
+    """It is a value, or its exception is an error like others; the loop goes on."""
+
+    class Nobody:
+        @property
+        def __class__(self):
+            raise error
+
+    log = []
+    run(lambda: log.append(1) or Nobody())
+    loop.call_later(0, log.append, 2)
+    for _ in range(4):
+        try:
+            turn(loop)
+        except error:
+            log.append("left")
+    assert {1, 2} <= set(log) and log.count("left") <= 1
+    if expect_log:
+        expect_log.take("Exception in callback", RuntimeError)
+
+
+# -- A future that ends too late -----------------------------------------------
+
+
+def add_future(loop, pending):
+    loop.add_future(pending, fail)
+
+
+def as_result(loop, pending):
+    loop.add_callback(lambda: pending)
+
+
+def in_a_coroutine(loop, pending):
+    async def work():
+        await Await(pending)
+
+    loop.add_callback(work)
+
+
+def in_run_sync(loop, pending):
+    with pytest.raises(TimeoutError):
+        loop.run_sync(lambda: Duck(pending), timeout=0)
+
+
+def as_handler(loop, pending):
+    def handler(sock, events):
+        loop.update_handler(sock, 0)
+        return pending
+
+    loop.add_handler(loop.sock, handler, READ)
+
+
+@pytest.mark.parametrize(
+    "wait", [add_future, as_result, in_a_coroutine, in_run_sync, as_handler]
+)
+@pytest.mark.parametrize("end", ["result", "exception", "cancel", "thread"])
+def test_futures_that_end_after_close_are_let_go(loop, caplog, wait, end):
+    """concurrent.futures would log what it can't call."""
+    pending = concurrent.futures.Future()
+    with readable() as (loop.sock, _):
+        wait(loop, pending)
+        turn(loop, 2)
+    loop.close()
+    caplog.clear()
+    if end == "result":
+        pending.set_result(1)
+    elif end == "exception":
+        pending.set_exception(ZeroDivisionError())
+    elif end == "cancel":
+        pending.cancel()
+    else:
+        in_thread(pending.set_result, 1)
+    del loop.sock
+    assert caplog.messages == []
+
+
+def test_an_executor_that_is_shut_down_after_close(loop, caplog):
+    """Its threads find the loop closed, without a word."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        gate = concurrent.futures.Future()
+        for _ in range(4):
+            loop.add_future(pool.submit(gate.result), fail)
+        loop.close()
+        gate.set_result(None)
+    assert caplog.messages == []

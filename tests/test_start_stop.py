@@ -246,7 +246,7 @@ def test_a_loop_inside_another(make_loop, poller):
     outer.add_callback(nested)
     outer.start()
     assert seen == [inner, outer]
-    assert current(instance=False) is None
+    assert current(instance=False) is outer
     assert signal.set_wakeup_fd(-1) == -1
 
 
@@ -303,8 +303,9 @@ WAYS_OUT = [
 
 @pytest.mark.parametrize("way", WAYS_OUT)
 @pytest.mark.parametrize("watched", [False, True], ids=["", "watchdog"])
-def test_D4_restart_after_every_way_out(loop, poller, way, watched):
+def test_D4_restart_after_every_way_out(make_loop, poller, way, watched):
     """Score row 1: flag, thread, wakeup fd, timers and current loop are restored."""
+    other, loop = make_loop(), make_loop(impl=poller.impl())
     state = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
     if watched:
         loop.set_blocking_log_threshold(60)
@@ -318,7 +319,7 @@ def test_D4_restart_after_every_way_out(loop, poller, way, watched):
             else:
                 assert leave is by_stop
             assert not loop.running()
-            assert poller.module.IOLoop.current(instance=False) is None
+            assert poller.module.IOLoop.current(instance=False) is other
             assert signal.set_wakeup_fd(-1) == -1
             assert state == (
                 signal.getsignal(signal.SIGALRM),
@@ -406,11 +407,31 @@ METHODS = {**OPEN_LOOP_ONLY, "add_future": (None, int), "reinit": ()}
 def test_B15_closed(loop, poller):
     """Score row 26."""
     loop.close()
-    for name in METHODS:
+    for name in METHODS.keys() - {"remove_handler", "remove_timeout"}:
         with pytest.raises(RuntimeError, match="closed"):
             getattr(loop, name)(*METHODS[name])
     assert not poller.module.IOLoop.initialized()
     assert poller.module.IOLoop.current(instance=False) is None
+
+
+def test_what_is_removed_after_close_is_gone_already(loop, poller):
+    """In any order of a program's end, and in any thread."""
+    with pair() as (a, _):
+        loop.add_handler(a, fail, READ)
+        handle = loop.call_later(FOREVER, fail)
+        periodic = poller.module.PeriodicCallback(fail, FOREVER, loop)
+        periodic.start()
+        turn(loop)
+        loop.close()
+        for call in (
+            handle.cancel,
+            periodic.stop,
+            lambda: loop.remove_timeout(handle),
+            lambda: loop.remove_handler(a),
+            lambda: loop.remove_handler(a.fileno()),
+        ):
+            assert call() is in_thread(call) is None
+    assert not periodic.is_running() and handle.callback is None
 
 
 def test_B15_what_a_closed_loop_still_answers(loop):
@@ -600,12 +621,15 @@ def test_run_once_polls_though_stop_was_called_for_the_next_start(script, log):
 
 
 def test_fileno_is_the_pollers(loop, poller):
+    """select() has none; elsewhere it stays the same."""
     if poller.name == "select":
         with pytest.raises(io.UnsupportedOperation):
             loop.fileno()
     else:
-        assert loop.fileno() == loop._impl.fileno()
-        os.fstat(loop.fileno())
+        number = loop.fileno()
+        os.fstat(number)
+        turn(loop)
+        assert loop.fileno() == number
 
 
 def is_readable(fd, seconds=0):
@@ -758,12 +782,139 @@ def test_current_is_the_instance_without_another(cls):
     assert cls.current() is cls.instance()
 
 
-def test_make_current(cls, loop):
-    loop.make_current()
-    assert cls.current() is loop
+def test_make_current(cls, loop, make_loop, poller):
+    other = make_loop(impl=poller.impl())
+    other.make_current()
+    assert cls.current() is other
     assert in_thread(cls.current, False) is None
     cls.clear_current()
     assert cls.current(instance=False) is None
+
+
+def test_the_first_loop_of_a_thread_is_its_current_one(cls, make_loop, poller):
+    """As in Tornado 4; there is no second loop that nobody runs."""
+    first = make_loop()
+    second = make_loop(impl=poller.impl())
+    assert cls.current() is first
+    assert poller.module.PeriodicCallback(int, 10).io_loop is first
+    assert not cls.initialized()
+    turn(second), turn(first)
+    assert cls.current() is first
+
+    def in_another():
+        assert cls.current(instance=False) is None
+        with cls(impl=poller.impl()) as loop:
+            assert cls.current() is loop
+
+    in_thread(in_another)
+
+
+def test_a_closed_loop_gives_way_to_the_next(cls, make_loop, poller):
+    with cls(impl=poller.impl()) as first:
+        assert cls.current() is first
+    assert cls.current(instance=False) is None
+    assert make_loop() is cls.current()
+
+
+def test_a_current_loop_that_was_closed_in_another_thread(cls, make_loop, poller):
+    """Whether it was the first one, or made the current one."""
+    for _ in range(2):
+        loop = make_loop(impl=poller.impl())
+        loop.make_current()
+        in_thread(loop.close)
+        assert cls.current(instance=False) is None
+        loop = make_loop(impl=poller.impl())
+        assert cls.current(instance=False) is loop
+        in_thread(loop.close)
+        assert cls.current(instance=False) is None
+
+
+def test_after_clear_current_the_next_loop_is_the_first(cls, make_loop, poller):
+    make_loop()
+    cls.clear_current()
+    assert make_loop(impl=poller.impl()) is cls.current()
+
+
+def test_made_not_to_be_current(cls, make_loop, poller):
+    make_loop(make_current=False)
+    assert cls.current(instance=False) is None
+    assert make_loop(impl=poller.impl(), make_current=None) is cls.current()
+
+
+def test_made_to_be_current(cls, make_loop, poller, counted_files):
+    """That is refused, and leaves nothing, if the thread has a loop."""
+    loop = make_loop(make_current=True)
+    assert cls.current() is loop
+    files = counted_files()
+    for first in (loop, make_loop(impl=poller.impl(), make_current=False)):
+        cls.clear_current()
+        first.make_current()
+        files = counted_files()
+        with pytest.raises(RuntimeError, match="current"):
+            cls(impl=poller.impl(), make_current=True)
+        gc.collect()
+        assert counted_files() == files
+        assert cls.current() is first
+
+
+def test_made_to_be_current_it_is_kept(cls, poller):
+    """By the thread, as by make_current(); the first one is not, and may go."""
+    reference = weakref.ref(cls(impl=poller.impl(), make_current=True))
+    gc.collect()
+    assert cls.current() is reference()
+    reference().close()
+    assert reference() is None
+
+
+@pytest.mark.parametrize("ran", [False, True], ids=["", "ran"])
+def test_the_first_loop_is_let_go(cls, poller, ran):
+    """It is current for as long as somebody has it."""
+    loop = cls(impl=poller.impl())
+    if ran:
+        turn(loop, 2)
+    reference = weakref.ref(loop)
+    with pytest.warns(ResourceWarning, match="unclosed"):
+        del loop
+        gc.collect()
+    gc.collect()  # the warning had brought it back, as its source
+    assert reference() is None
+    assert cls.current(instance=False) is None
+
+
+def test_a_loop_that_is_made_while_another_runs_is_not_current(cls, loop, poller):
+    """In a callback, the one that runs is; it may be made current later on."""
+    made = []
+
+    def make():
+        with pytest.raises(RuntimeError, match="current"):
+            cls(impl=poller.impl(), make_current=True)
+        made.append(cls(impl=poller.impl()))
+        assert cls.current() is loop
+
+    cls.clear_current()
+    loop.add_callback(make)
+    turn(loop)
+    assert cls.current(instance=False) is None
+    made.pop().close()
+
+
+def test_a_loop_that_can_not_be_made_is_not_current(cls, loop, poller):
+    cls.clear_current()
+    for wrong in ({"impl": object()}, {"impl": loop._impl}, {"time_func": 1}):
+        for make_current in (None, True):
+            with pytest.raises((TypeError, ValueError)):
+                cls(make_current=make_current, **wrong)
+            assert cls.current(instance=False) is None
+
+
+def test_the_instance_is_current_where_it_is_made_first(cls, make_loop, poller):
+    """Where there is another loop, that stays the current one."""
+    instance = cls.instance()
+    assert cls.current() is instance
+    instance.close()
+    loop = make_loop(impl=poller.impl())
+    assert cls.instance() is not loop
+    assert cls.current() is loop
 
 
 def test_start_makes_its_loop_current_and_restores(cls, loop, make_loop, poller):
@@ -791,6 +942,8 @@ def test_time_func_must_be_callable(poller, counted_files):
         poller.module.IOLoop(time_func=1)
     with pytest.raises(TypeError):
         poller.module.IOLoop(None, print)
+    with pytest.raises(TypeError):
+        poller.module.IOLoop(None, None, True)
     assert not counted_files()
 
 

@@ -482,7 +482,7 @@ def test_E23_a_ring_at_a_closing_door_does_not_kill(poller):
             except RuntimeError:
                 return "closed"
 
-        for _ in range(100):
+        for _ in range(40):
             loop = ioloop.IOLoop(impl=impl())
             if impl is not ioloop._Select:
                 loop.fileno()  # somebody else polls it: each stop() may ring

@@ -12,7 +12,9 @@ import signal
 import sys
 import threading
 import time
+import types
 import weakref
+from unittest import mock
 
 import pytest
 from helpers import (
@@ -175,6 +177,41 @@ def test_C8_what_is_no_time_is_a_type_error(fake, value):
     assert fake.stats()["pending_timeouts"] == 0
 
 
+def test_a_time_is_told_by_its_class(fake):
+    """A MagicMock is a number, 1.0: it is not asked for its total_seconds()."""
+    assert fake.add_timeout(mock.MagicMock(), int).deadline == 1
+    assert fake.call_at(mock.MagicMock(), int).deadline == 1
+    assert fake.call_later(mock.MagicMock(), int).deadline == 1001
+    spec = mock.Mock(spec=datetime.timedelta)
+    spec.total_seconds.return_value = 5
+    assert fake.add_timeout(spec, int).deadline == 1005
+
+
+def attribute():
+    return types.SimpleNamespace(total_seconds=lambda: 5)
+
+
+@pytest.mark.parametrize("make", [mock.Mock, attribute, lambda: datetime.timedelta])
+def test_what_only_looks_like_a_timedelta_is_none(fake, make):
+    for way in WAYS:
+        with pytest.raises(TypeError):
+            getattr(fake, way)(make(), print)
+    with pytest.raises(TypeError):
+        ioloop.PeriodicCallback(print, make(), fake)
+    assert fake.stats()["pending_timeouts"] == 0
+
+
+class Evasive(Floating):
+    def __getattr__(self, name):
+        raise RuntimeError("hostile")
+
+
+def test_a_number_is_asked_for_nothing_else(fake):
+    assert fake.add_timeout(Evasive(1005), int).deadline == 1005
+    periodic = ioloop.PeriodicCallback(int, Evasive(5), fake)
+    assert periodic.callback_time == 5
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_C5_nan_is_refused(fake, way):
     """Score row 3: it would spoil the order of all others."""
@@ -247,7 +284,7 @@ int epoll_pwait2(int ep, struct epoll_event *e, int n, const struct timespec *t,
     errno = ENOSYS;
     return -1;
 }
-int epoll_pwait(int ep, struct epoll_event *e, int n, int ms, const sigset_t *m) {
+int epoll_wait(int ep, struct epoll_event *e, int n, int ms) {
     last_timeout = ms;
     return 0;
 }
@@ -385,6 +422,7 @@ def test_handle_outlives_its_loop():
     with ioloop.IOLoop() as loop:
         handle = loop.call_later(1, fail)
     handle.cancel()
+    loop.remove_timeout(handle)
     assert handle.callback is None
     assert repr(handle)
     assert isinstance(handle.deadline, float)
