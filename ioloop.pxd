@@ -37,9 +37,9 @@
 # Python exceptions as usual (`except -1`): they reach
 # `IOLoop.handle_callback_exception` with the owner as its argument, or None for
 # a queued callback; EPIPE from a handler whose own peer has gone is ignored.  A
-# handler that raised stays registered.  `arg` lives as long as its owner: with None for an owner the
-# client answers for it.  An owner that holds its timer is a cycle: drop the
-# timer when it is done.
+# handler that raised stays registered.  `arg` lives as long as its owner: with None
+# for an owner the client answers for it.  An owner that holds its timer is a cycle:
+# drop the timer when it is done.
 
 from libc.stdint cimport int64_t, uint32_t
 
