@@ -81,15 +81,16 @@ for tool; do
         # children that go on with the loop (goes_on), where it also knows no threads.
         # -Wno-tsan: it knows no fences.  They order `asleep` against the queue, both
         # of which are atomics, so that it takes no race for one that is none.
-        # report_signal_unsafe=0: the handler of CPython's faulthandler changes errno.
+        # The handler of CPython's faulthandler changes errno, which it reports as well.
         build thread -fsanitize=thread -Wno-tsan
         run thread \
             LD_PRELOAD="$(library libtsan)" \
-            TSAN_OPTIONS=exitcode=66:die_after_fork=0:report_signal_unsafe=0 \
+            TSAN_OPTIONS=exitcode=66:die_after_fork=0 \
             $pytest -m "not slow" \
             -k "not kqueue and not E1_ and not E20 and not system_call and not goes_on \
                and not no_signal_interrupts and not no_action_kills \
-               and not wakeup_fd_of_a_child and not blocks_in_c" \
+               and not wakeup_fd_of_a_child and not blocks_in_c \
+               and not faulthandler_dumps" \
             $(files fork signals stress threads watchdog)
         ;;
     valgrind)
