@@ -2515,12 +2515,11 @@ cdef class PeriodicCallback(_Referable):
                 future.add_done_callback(partial(
                     _relay, self.io_loop, partial(self._done, future),
                     capture_context()))
-        except Exception:
+        except BaseException as error:
             self.awaited = None
+            if not isinstance(error, Exception):
+                raise
             _report(self.io_loop, self.callback)
-        except BaseException:
-            self.awaited = None
-            raise
         finally:
             if self.awaited is None:
                 _next_tick(self)
@@ -2915,9 +2914,7 @@ cdef class _Poller(_Referable):
         if self.handle < 0:
             raise ValueError("the poller is closed")
         if self.outer < 0:
-            watched = self.watched
             self.outer = self.open_set()
-            self.watched = watched
             try:
                 self.enclose()
             except BaseException:
@@ -2940,7 +2937,7 @@ cdef class _Poller(_Referable):
     cdef int renew(self, _Table table) except -1:
         cdef int old = self.handle
         cdef dict watched = self.watched
-        self.handle = self.open_set()
+        self.handle, self.watched = self.open_set(), {}
         try:
             _fill(self, table)
             if self.outer >= 0:
@@ -3181,7 +3178,7 @@ cdef class _KQueue(_Poller):
     def __cinit__(self, *args):
         self.buffer_room = 256
         self.buffer = <kevent_t *>reallocate(NULL, self.buffer_room * sizeof(kevent_t))
-        self.handle = self.open_set()
+        self.handle, self.watched = self.open_set(), {}
 
     def __dealloc__(self):
         free(self.buffer)
@@ -3193,7 +3190,6 @@ cdef class _KQueue(_Poller):
     cdef int open_set(self) except -2:
         cdef int handle = above_stdio(check(kqueue()))
         check(fcntl(handle, F_SETFD, FD_CLOEXEC))
-        self.watched = {}
         return handle
 
     cdef int enclose(self) except -1:
@@ -3590,11 +3586,9 @@ cdef class _Watcher:
     def on_alarm(self, signum, frame):
         """SIGALRM's handler where the program had one before, whose others are."""
         cdef bint sent = self.sent
-        cdef int came
+        self.sent = False
         # Python calls this once for all that came meanwhile; each left a byte.
-        _on_doorbell(self.loop, self.loop.queue.door.reader, READ, NULL)
-        came, self.loop.alarms, self.sent = self.loop.alarms, 0, False
-        if not sent or came > 1:
+        if _count_alarms(self.loop) > 1 or not sent:
             self.old_handler(signum, frame)
         if sent:
             self.loop.action(signum, frame)
@@ -3664,13 +3658,19 @@ cdef bint _alert(_Watcher self) except -1:
     sigaction(SIGALRM, NULL, &now)
     if (_signal.getsignal(SIGALRM) is not self.handler
             or now.sa_handler != self.action.sa_handler):
-        # What has come so far is for the handler that is there.
-        _on_doorbell(self.loop, self.loop.queue.door.reader, READ, NULL)
-        self.loop.alarms = 0
+        _count_alarms(self.loop)  # what has come so far is for the handler there
         return False
     self.sent = True
     _signal.pthread_kill(self.ident, SIGALRM)
     return True
+
+
+cdef int _count_alarms(IOLoop loop) except -1:
+    """How many SIGALRMs the pipe has told of since this was called."""
+    cdef int came
+    _on_doorbell(loop, loop.queue.door.reader, READ, NULL)
+    came, loop.alarms = loop.alarms, 0
+    return came
 
 
 cdef int _set_threshold(IOLoop loop, object seconds, bint by_signal,
@@ -3701,8 +3701,7 @@ cdef int _start_watcher(IOLoop loop) except -1:
         self.old_handler = _signal.getsignal(SIGALRM)
         handler = self.on_alarm if callable(self.old_handler) else loop.action
         _signal.signal(SIGALRM, handler)  # which runs pending handlers before
-        _on_doorbell(loop, loop.queue.door.reader, READ, NULL)
-        loop.alarms = 0
+        _count_alarms(loop)
         self.handler = handler
         sigaction(SIGALRM, NULL, &self.action)
     loop.watcher = self

@@ -309,6 +309,15 @@ def on_signal(number, handler):
 
 
 @contextlib.contextmanager
+def in_time(loop):
+    """Something else stops the loop, long before it would stop by itself."""
+    late = loop.call_later(10, loop.stop)
+    yield
+    assert late.callback is not None, "only the deadline stopped the loop"
+    late.cancel()
+
+
+@contextlib.contextmanager
 def alarm(seconds, handler, interval=0.0):
     """SIGALRM's handler and the timer that raises it inside the block."""
     with on_signal(signal.SIGALRM, handler):

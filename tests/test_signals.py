@@ -22,6 +22,7 @@ from support import (
     alarm,
     fail,
     in_thread,
+    in_time,
     kill,
     on_signal,
     pend,
@@ -34,15 +35,6 @@ import ioloop
 
 USR1, USR2, INT = signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT
 QUEUED = signal.SIGRTMIN  # the kernel never makes one signal of two
-
-
-@contextlib.contextmanager
-def in_time(loop):
-    """Something else stops the loop, long before it would stop by itself."""
-    late = loop.call_later(10, loop.stop)
-    yield
-    assert late.callback is not None, "only the deadline stopped the loop"
-    late.cancel()
 
 
 def in_a_row(*functions):

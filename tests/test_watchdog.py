@@ -21,6 +21,7 @@ from support import (
     alarm,
     fail,
     in_thread,
+    in_time,
     kill,
     on_signal,
     pend,
@@ -83,15 +84,6 @@ def watched(loop, request):
     """A loop with either threshold, and the list of what is reported."""
     loop.alarms = watch(loop, request.param)
     return loop
-
-
-@contextlib.contextmanager
-def in_time(loop):
-    """Something else stops the loop, long before it would stop by itself."""
-    late = loop.call_later(10, loop.stop)
-    yield
-    assert late.callback is not None, "only the deadline stopped the loop"
-    late.cancel()
 
 
 def watchers():
