@@ -15,62 +15,112 @@ This is the IOLoop of Tornado 1.2-2.0, compiled, for today's CPython::
 One iteration of the loop has five steps:
 
 1. Run the callbacks that were queued when the iteration began, in order.
-2. Sample the clock once and run every timeout that is due.
-3. Leave if `stop()` was asked for.
-4. Poll: not waiting if callbacks are queued, else until the nearest timeout,
+2. Read the clock once and run every timeout that is due.
+3. Leave if `stop()` was called.
+4. Poll: without waiting if callbacks are queued, else until the nearest timeout,
    else for ever.
 5. Run the handlers of the file descriptors that are ready.
 
-A step does not run what it adds itself: a callback that adds a callback, or a
-timeout a timeout, has it run in the next iteration, so none of the three can
-starve the others.
+What a step adds to itself runs in the next iteration: a callback that adds a
+callback, or a timeout that adds a timeout, can't starve the other steps.
 
 Threads: a loop belongs to the thread that runs it.  `add_callback`,
 `add_callback_from_signal`, `spawn_callback`, `add_future`, `stop`, `time`,
-`running`, `stats` and `fileno` may be called from any thread; every other
-method raises RuntimeError when another thread runs the loop.
+`running`, `stats` and `fileno` may be called from any thread; methods that say
+"Loop thread only" raise RuntimeError while another thread runs the loop.
 
-Signals: Python's signal handlers run between the steps, in the main thread, at
-once, also when the loop sleeps.  They may call `add_callback` and `stop`.  While
-the loop runs there, it is the signal wakeup fd, and serves the one before.
+Signals: Python's signal handlers run in the main thread between the steps, at once,
+even when the loop sleeps.  They may call `add_callback` and `stop`.
 """
 
+# -- Map -----------------------------------------------------------------------
+# The sections; a function's prefix says its section:
+#
+#   Platform           what differs between kernels
+#   IOLoop             the public class; _loop_*
+#   Helpers            functions that know nothing of a loop; no prefix
+#   Iteration          the five steps, and errors; _run_*, _report_*
+#   Queue              callbacks, from any thread; _queue_*, _inbox_*
+#   Waker and signals  who wakes a sleeping loop; the wakeup fd; _waker_*, _wakeup_*
+#   Timeouts           heap, clock, cancellation; _timers_*, _clock_*, _heap_*
+#   PeriodicCallback   the second public class
+#   Coroutines         futures and tasks; _future_*
+#   File descriptors   registrations, paused handlers; _table_*, _handler_*
+#   Pollers            their contract; epoll, kqueue, select and Python's; _poller_*
+#   Watchdog           blocked loops and SIGALRM; _watchdog_*
+#   Forks              locks, the child, reinit(); _fork_*
+#   C API              what ioloop.pxd exports; c_*
+#   Fast methods       add_callback and the like, in every build; _fast_*
+#   Invariants         _verify
+#
+# An IOLoop owns a _Queue (whose _Inbox is for threads without the GIL), _Timers, a
+# _Table, a _Poller and, in a run, a _Watchdog.  The heap and the user own a _Timeout.
+#
+#   an fd event  _EPoll.wait, _run_poll, _run_handlers (stale? muted?), _run_handler
+#   a callback   _fast_add_callback, _Queue.push, _run_callbacks, _run_call
+#   a timeout    _fast_add_timeout, _Timers.arm, _run_timeouts, _run_call
+#   a wake-up    _Queue.push or c_post, _waker_signal, _run_sleep, _waker_drain
+#   a signal     its byte ends the poll in _run_sleep; _run_check_signals, _waker_drain
+#   an error     call*(), _run_unusual_result: to the hook; a KeyboardInterrupt goes on,
+#                out of _loop_run and start(); _run_keep_events keeps what it would lose
+#   a fork       _fork_before, _fork_after, _fork_in_child; RuntimeError until reinit()
+#
+#   batch       the events of one poll         pass      the timeouts run in one step 2
+#   generation  the number of a registration   deferred  added in a pass, for the next
+#   stale       event of an old registration   call      a callback of Python's
+#   stray       event of no registration       post      a callback of C's
+#   muted       registered, not watched now    witness   a poller that tells files apart
+#
+# What it uses of CPython beyond the public API: PyThreadState.context, a type's tp_dict
+# (Fast methods), a context's mp_length, and its reference count as the sign that nobody
+# keeps it.  The limited API (stable ABI, abi3) does without the first two: look for
+# LIMITED_API.  Free-threaded CPython: not supported yet; the GIL guards all but _Inbox.
+#
+# A new CPython version: that list, classifiers in pyproject.toml, README, .ci/run.
+# A new poller: the contract in "Pollers".
+
 # The C modules behind `functools`, `signal`, `threading` and `weakref`: those take
-# longer to import than this one, and bring no more.
+# longer to import than this one does, and add nothing that it needs.
 import os
 import sys
 from _functools import partial
 from _thread import _local
 from _weakref import ref
+from _contextvars import Context, copy_context
 import _signal
 
 cimport cython
-from cpython.exc cimport PyErr_CheckSignals, PyErr_SetFromErrno
+from cpython.exc cimport (
+    PyErr_CheckSignals, PyErr_SetFromErrno, PyErr_SetObject, PyErr_WriteUnraisable)
 from cpython.object cimport PyObject
-from cpython.ref cimport Py_INCREF, Py_DECREF
+from cpython.pythread cimport (
+    PyThread_allocate_lock, PyThread_free_lock, PyThread_release_lock,
+    PyThread_type_lock)
+from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
+from cpython.tuple cimport PyTuple_New, PyTuple_SetItem
 from libc.errno cimport (
-    EAGAIN, EBADF, EEXIST, EINTR, EINVAL, ENOENT, ENOMEM, ENOSYS, EPERM, EPIPE, errno)
+    EAGAIN, EBADF, EEXIST, EINTR, EINVAL, ENOENT, ENOMEM, ENOSYS, EPERM, EPIPE,
+    ESHUTDOWN, errno)
 from libc.limits cimport INT_MAX
 from libc.math cimport HUGE_VAL, ceil, floor, isnan
+from libc.signal cimport SIG_DFL, SIGALRM, raise_, signal as set_c_handler
 from libc.stdint cimport (
     INT64_MAX, INT64_MIN, UINT64_MAX, int64_t, uint32_t, uint64_t, uintptr_t)
-from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memset
 from posix.fcntl cimport F_DUPFD_CLOEXEC, F_GETFD, F_SETFD, FD_CLOEXEC, fcntl
 from posix.select cimport FD_CLR, FD_ISSET, FD_SET, FD_SETSIZE, fd_set, pselect
 from posix.signal cimport (
-    SIG_UNBLOCK, sigaction, sigaction_t, sigaddset, sigemptyset)
-from posix.types cimport sigset_t
+    SIG_UNBLOCK, sigaction, sigaction_t, sigaddset, sigemptyset, sigset_t)
 from posix.stat cimport S_ISDIR, S_ISREG, fstat, struct_stat
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 from posix.unistd cimport close, read, write
 
-# Cython lets a vendored copy have this name too, if nobody has it yet.
-if __name__ != "ioloop":
-    _twin = sys.modules.get("ioloop")
-    if type(_twin) is type(sys) and vars(_twin) is globals():
-        del sys.modules["ioloop"]
-    del _twin
+# Cython also registers a module in sys.modules under its compile-time name, if that
+# is free.  For a vendored copy, undo it.
+if (__name__ != "ioloop" and type(sys.modules.get("ioloop")) is type(sys)
+        and vars(sys.modules["ioloop"]) is globals()):
+    del sys.modules["ioloop"]
 
 __version__ = "0.1.0"
 __all__ = ["IOLoop", "PeriodicCallback", "TimeoutError"]
@@ -78,25 +128,13 @@ __all__ = ["IOLoop", "PeriodicCallback", "TimeoutError"]
 TimeoutError = TimeoutError  # as in Tornado: what run_sync() raises
 
 
-# -- The platform --------------------------------------------------------------
-#
-# Everything that differs between kernels, C libraries and CPython's APIs.  The
-# IOLOOP_HAVE_* are always 0 or 1 and what is missing has an inert stand-in, so
-# the code below is plain `if`s that the C compiler resolves.
+# -- Platform ------------------------------------------------------------------
+# Everything that differs between kernels and C libraries.  The IOLOOP_HAVE_* are
+# always 0 or 1 and what is missing has an inert stand-in, so the code below is
+# plain `if`s that the C compiler resolves.
 
 cdef extern from *:
     r"""
-    #include <errno.h>
-    #include <fcntl.h>
-    #include <poll.h>
-    #include <pthread.h>
-    #include <signal.h>
-    #include <stdint.h>
-    #include <stdlib.h>
-    #include <string.h>
-    #include <time.h>
-    #include <unistd.h>
-
     #ifndef IOLOOP_DEBUG
     #  define IOLOOP_DEBUG 0
     #endif
@@ -153,15 +191,10 @@ cdef extern from *:
 
     /* pipe2 */
     #if defined(__APPLE__)
-    static int ioloop_pipe(int fds[2]) {
-        if (pipe(fds) < 0)
-            return -1;
-        for (int i = 0; i < 2; i++) {
-            fcntl(fds[i], F_SETFD, FD_CLOEXEC);
-            fcntl(fds[i], F_SETFL, O_NONBLOCK);
-        }
-        return 0;
-    }
+    #  define ioloop_set_flags(fd) \
+        (fcntl(fd, F_SETFD, FD_CLOEXEC), fcntl(fd, F_SETFL, O_NONBLOCK))
+    #  define ioloop_pipe(fds) \
+        (pipe(fds) ? -1 : (ioloop_set_flags(fds[0]), ioloop_set_flags(fds[1]), 0))
     #else
     #  define ioloop_pipe(fds) pipe2(fds, O_CLOEXEC | O_NONBLOCK)
     #endif
@@ -174,132 +207,6 @@ cdef extern from *:
     #else
     #  define IOLOOP_CLOCK_COARSE CLOCK_MONOTONIC
     #endif
-
-    /* Memory shared with threads that do not hold the GIL.  A store followed by a load
-       needs a fence between, where another thread does the opposite. */
-    #define ioloop_load(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
-    #define ioloop_store(p, value) __atomic_store_n(p, value, __ATOMIC_RELEASE)
-    #define ioloop_swap(p, value) __atomic_exchange_n(p, value, __ATOMIC_SEQ_CST)
-    #define ioloop_fence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
-
-    /* A list used as an array of references that the garbage collector sees.
-       `peek` borrows, `place` moves a reference in over one that moved away,
-       `put` replaces a None, `take` leaves a None. */
-    #ifdef Py_LIMITED_API
-    #  define ioloop_peek(list, i) PyList_GetItem(list, i)
-    static inline void ioloop_place(PyObject *list, Py_ssize_t i, PyObject *item) {
-        Py_XINCREF(PyList_GetItem(list, i));
-        PyList_SetItem(list, i, item);
-    }
-    #else
-    #  define ioloop_peek(list, i) PyList_GET_ITEM(list, i)
-    #  define ioloop_place(list, i, item) PyList_SET_ITEM(list, i, item)
-    #endif
-    static inline void ioloop_put(PyObject *list, Py_ssize_t i, PyObject *item) {
-        Py_INCREF(item);
-        ioloop_place(list, i, item);
-        Py_DECREF(Py_None);
-    }
-    static inline PyObject *ioloop_take(PyObject *list, Py_ssize_t i) {
-        PyObject *item = ioloop_peek(list, i);
-        Py_INCREF(Py_None);
-        ioloop_place(list, i, Py_None);
-        return item;
-    }
-
-    /* Contexts: None stands for an empty one, which costs nothing to capture.
-       `blank` is the loop's own empty context, good for the next call as long
-       as the last one left it empty and kept no reference to it. */
-    #ifdef Py_LIMITED_API
-    PyAPI_FUNC(PyObject *) PyContext_New(void);
-    PyAPI_FUNC(PyObject *) PyContext_CopyCurrent(void);
-    PyAPI_FUNC(int) PyContext_Enter(PyObject *);
-    PyAPI_FUNC(int) PyContext_Exit(PyObject *);
-    #  define ioloop_context_size(context) PyObject_Size(context)
-    static PyObject *ioloop_capture(void) {
-        PyObject *context = PyContext_CopyCurrent();
-        if (context && ioloop_context_size(context) == 0) {
-            Py_INCREF(Py_None);
-            Py_DECREF(context);
-            return Py_None;
-        }
-        return context;
-    }
-    #else
-    #  define ioloop_context_size(context) \
-        Py_TYPE(context)->tp_as_mapping->mp_length(context)
-    static inline PyObject *ioloop_capture(void) {
-        PyObject *context = PyThreadState_Get()->context;
-        if (context == NULL || ioloop_context_size(context) == 0) {
-            Py_INCREF(Py_None);
-            return Py_None;
-        }
-        return PyContext_Copy(context);
-    }
-    #endif
-    #define ioloop_is_blank(context) \
-        (Py_REFCNT(context) == 1 && ioloop_context_size(context) == 0)
-
-    /* Calls.  `args` is a tuple, `kwargs` a dict or None. */
-    #define ioloop_call_with(function, args, kwargs) \
-        PyObject_Call(function, args, (kwargs) == Py_None ? NULL : (kwargs))
-    #ifdef Py_LIMITED_API
-    #  define ioloop_call0(function) PyObject_CallObject(function, NULL)
-    static inline PyObject *ioloop_call2(PyObject *function, PyObject *a, PyObject *b) {
-        return PyObject_CallFunctionObjArgs(function, a, b, NULL);
-    }
-    #else
-    #  define ioloop_call0(function) PyObject_CallNoArgs(function)
-    static inline PyObject *ioloop_call2(PyObject *function, PyObject *a, PyObject *b) {
-        PyObject *args[3] = {NULL, a, b};
-        return PyObject_Vectorcall(function, args + 1,
-                                   2 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
-    }
-    #endif
-
-    /* A method with the calling convention that CPython specialises for: Cython's
-       own makes a dict for **kwargs at every call, a third of add_callback's time.
-       The limited API can't replace methods, and keeps Cython's. */
-    static PyObject *ioloop_tuple(PyObject *const *items, Py_ssize_t n) {
-        PyObject *tuple;
-        if (n <= 0) {
-            Py_INCREF(Py_None);
-            return Py_None;
-        }
-        tuple = PyTuple_New(n);
-        for (Py_ssize_t i = 0; tuple && i < n; i++) {
-            Py_INCREF(items[i]);
-            PyTuple_SetItem(tuple, i, items[i]);
-        }
-        return tuple;
-    }
-    #ifdef Py_LIMITED_API
-    #  define ioloop_replace(type, name, doc, function) \
-        ((void)(type), (void)(name), (void)(doc), (void)(function), 0)
-    #else
-    static int ioloop_replace(PyObject *type, const char *name, const char *doc,
-                              void *function) {
-        /* As long as the type: until the process ends. */
-        PyMethodDef *def = (PyMethodDef *)calloc(1, sizeof(PyMethodDef));
-        PyObject *method = NULL;
-        int rc = -1;
-        if (def && (def->ml_doc = strdup(doc)) && (def->ml_name = strdup(name))) {
-            def->ml_meth = (PyCFunction)(void (*)(void))function;
-            def->ml_flags = METH_FASTCALL | METH_KEYWORDS;
-            method = PyDescr_NewMethod((PyTypeObject *)type, def);
-        }
-        else
-            PyErr_NoMemory();
-        if (method)
-            rc = PyDict_SetItemString(((PyTypeObject *)type)->tp_dict, name, method);
-        Py_XDECREF(method);
-        PyType_Modified((PyTypeObject *)type);
-        return rc;
-    }
-    #endif
-
-    /* For a function that found an exception already set. */
-    #define ioloop_raise() (-1)
     """
     const bint HAVE_EPOLL "IOLOOP_HAVE_EPOLL"
     const bint HAVE_KQUEUE "IOLOOP_HAVE_KQUEUE"
@@ -331,79 +238,607 @@ cdef extern from *:
     int open_pipe "ioloop_pipe"(int *fds) nogil
     enum: CLOCK_COARSE "IOLOOP_CLOCK_COARSE"
 
-    int load "ioloop_load"(int *p) nogil
-    uint64_t load64 "ioloop_load"(uint64_t *p) nogil
-    void store "ioloop_store"(int *p, int value) nogil
-    void store64 "ioloop_store"(uint64_t *p, uint64_t value) nogil
-    int swap "ioloop_swap"(int *p, int value) nogil
-    void fence "ioloop_fence"() nogil
 
-    PyObject *peek "ioloop_peek"(list slots, Py_ssize_t i)
-    void place "ioloop_place"(list slots, Py_ssize_t i, PyObject *item)
-    void put "ioloop_put"(list slots, Py_ssize_t i, object item)
-    object take "ioloop_take"(list slots, Py_ssize_t i)
+# -- IOLoop --------------------------------------------------------------------
 
-    object new_context "PyContext_New"()
-    int enter_context "PyContext_Enter"(PyObject *context) except -1
-    int exit_context "PyContext_Exit"(PyObject *context) except -1
-    object capture_context "ioloop_capture"()
-    bint is_blank "ioloop_is_blank"(PyObject *context)
+# One per process: the instance; one per thread: the current loop.
+_process = {}  # "loop": the instance; a dict's setdefault() is atomic
+_threads = _local()
+_loops = {}  # weak references to all loops, by id
 
-    PyObject *call0 "ioloop_call0"(PyObject *function)
-    PyObject *call_with "ioloop_call_with"(PyObject *function, PyObject *args,
-                                           PyObject *kwargs)
-    PyObject *call2 "ioloop_call2"(PyObject *function, PyObject *a, PyObject *b)
-    int raise_pending "ioloop_raise"() except -1
 
-    object as_tuple "ioloop_tuple"(PyObject **items, Py_ssize_t n)
-    int replace_method "ioloop_replace"(object type, const char *name, const char *doc,
-                                        void *function) except -1
+@cython.internal
+cdef class _Referable:
+    # Cython 3.3 can't give a type of the limited API both this and a __dict__.
+    cdef object __weakref__
 
-cdef extern from "Python.h" nogil:
-    unsigned long get_thread "PyThread_get_thread_ident"()
-    ctypedef void *PyThread_type_lock
-    PyThread_type_lock PyThread_allocate_lock()
-    void PyThread_free_lock(PyThread_type_lock)
-    int PyThread_acquire_lock_timed(PyThread_type_lock, long long us, int intr)
-    void PyThread_release_lock(PyThread_type_lock)
 
-cdef extern from "<poll.h>" nogil:
-    struct pollfd:
-        int fd
-        short events, revents
-    enum: POLLERR, POLLHUP
-    int poll_now "poll"(pollfd *files, unsigned int n, int ms)
+cdef class IOLoop(_Referable):
+    """IOLoop(impl=None, *, time_func=None, make_current=None)
 
-cdef extern from "<signal.h>" nogil:
-    enum: SIGALRM
-    ctypedef void (*sighandler_t)(int)
-    sighandler_t SIG_DFL
-    sighandler_t default_signal "signal"(int signum, sighandler_t handler)
-    int pthread_sigmask(int how, const sigset_t *new, sigset_t *old)
-    int raise_signal "raise"(int signum)
+    A level-triggered event loop.
+
+    `impl` is the poller: `_EPoll()`, `_KQueue()` or `_Select()`, by default the best
+    that the platform has, or any object with `register(fd, events)`, `modify(fd,
+    events)`, `unregister(fd)` and `poll(seconds)`, which returns pairs of fd and
+    events; -1 seconds means for ever.  (Seconds: most pollers of other packages count
+    in milliseconds.)  The loop closes it.  `time_func` returns the time in seconds, and
+    deadlines are on its clock.  By default they are UNIX times, kept by the monotonic
+    clock from the moment they are set, so that setting the system's clock moves none of
+    them.  `make_current`: None makes the loop the thread's current one if the thread
+    has none, until the loop is dropped or closed; True makes it current, or raises
+    RuntimeError if the thread has one.
+
+    A loop is a context manager that closes itself.  Of the methods that a subclass may
+    override it calls only `handle_callback_exception` and `log_stack`.  Source: Tornado
+    1.2-2.0; `make_current`: 4.2.
+    """
+    cdef dict __dict__
+    cdef readonly object _impl
+    cdef _Poller poller
+    cdef _Table table
+    cdef _Queue queue
+    cdef _Timers timers
+    cdef _Watchdog watchdog     # of this run, if there is a threshold,
+    cdef int64_t threshold      # in nanoseconds; 0: none
+    cdef bint by_signal         # which sends signals,
+    cdef object action          # for this one
+    cdef object empty_context   # for whatever captured none
+    cdef object outer_loop      # the current loop before this run
+    cdef unsigned long thread_id    # of the thread that runs the loop, or 0
+    cdef bint opened, closed, forked, stopping, installed, embedded
+    cdef bint has_wakeup_fd     # our pipe is the signal wakeup fd,
+    cdef int outer_wakeup_fd    # in place of this one, or -1
+    cdef int alarms             # SIGALRMs seen in the pipe, not handled yet
+    cdef uint64_t calls_at_poll  # callbacks run by the last poll made while some waited
+    cdef int64_t coarse_time    # of that poll
+    cdef int since_offer        # polls and events since the GIL was offered
+    cdef bint eager             # the last poll found events at once
+    cdef int64_t rebuilt        # when the poller's set was rebuilt
+    cdef uint64_t iterations, polls, events
+    cdef int64_t slept, woken, longest_busy
+
+    NONE = IOLOOP_NONE
+    READ = _EPOLLIN = IOLOOP_READ
+    WRITE = _EPOLLOUT = IOLOOP_WRITE
+    ERROR = IOLOOP_ERROR
+    _EPOLLPRI, _EPOLLERR, _EPOLLHUP, _EPOLLRDHUP = 0x002, 0x008, 0x010, 0x2000
+    _EPOLLONESHOT, _EPOLLET = 1 << 30, 1 << 31
+
+    def __init__(self, impl=None, *, time_func=None, make_current=None):
+        if self.opened or self.closed:
+            raise RuntimeError("IOLoop is already initialised")
+        if time_func is not None:
+            require_callable(time_func)
+        if make_current and _loop_current() is not None:
+            raise RuntimeError("the thread already has a current IOLoop")
+        cdef _Poller poller
+        queue, table = _Queue(), _Table()
+        impl = _poll() if impl is None else impl
+        poller = impl if _poller_is_native(impl) else _Foreign(impl, table)
+        if poller.in_use:
+            raise ValueError("the poller belongs to another IOLoop")
+        self.timers = _Timers(queue, time_func)
+        self.empty_context = Context()
+        self.poller, self.table, self.queue = poller, table, queue
+        _waker_register(self)
+        self._impl, poller.in_use = impl, True
+        _loops[id(self)] = ref(self, partial(_loops.pop, id(self)))
+        self.opened = True
+        if make_current:
+            _threads.loop = self
+        elif make_current is None and _loop_current() is None:
+            _threads.loop = ref(self)
+
+    # Which loop
+
+    @classmethod
+    def instance(cls):
+        """Return the process's loop; the first call makes it.  Any thread."""
+        cdef IOLoop loop = _process.get("loop")
+        if loop is None:
+            loop = cls()
+            loop.installed = True
+            if _process.setdefault("loop", loop) is not loop:
+                loop.close()  # another thread was quicker
+                return cls.instance()
+        return loop
+
+    @staticmethod
+    def initialized():
+        """Return whether the process's loop exists.  Any thread."""
+        return "loop" in _process
+
+    @staticmethod
+    def clear_instance():
+        """Forget the process's loop without closing it.  Any thread."""
+        _process.pop("loop", None)
+
+    def install(self):
+        """Make this the process's loop; RuntimeError if there is one.  Any thread."""
+        _loop_check_open(self)
+        if _process.setdefault("loop", self) is not self:
+            raise RuntimeError("the process already has an IOLoop.instance()")
+        self.installed = True
+
+    @staticmethod
+    def current(instance=True):
+        """Return the loop that runs in this thread, or the thread's current one.
+
+        That is the first loop made in the thread, unless `make_current` said otherwise.
+        Without one, return `instance()`, or None if `instance` is false.  Source:
+        Tornado 4.2.
+        """
+        loop = _loop_current()
+        return IOLoop.instance() if loop is None and instance else loop
+
+    def make_current(self):
+        """Make this the current loop of the calling thread."""
+        _loop_check_open(self)
+        _threads.loop = self
+
+    @staticmethod
+    def clear_current():
+        """Leave the calling thread without a current loop."""
+        _threads.loop = None
+
+    # File descriptors
+
+    def add_handler(self, fd, handler, events):
+        """Call `handler(fd, events)` whenever `fd` is ready for one of `events`.
+
+        `fd` is a file descriptor or an object with `fileno()`; the handler gets what
+        was passed.  `events` is a mask of READ and WRITE (or poll bits of the kernel,
+        such as `_EPOLLRDHUP`); ERROR, which is an error or a hang-up, is always added.
+        With a mask of NONE the fd is known but not watched.  The loop is
+        level-triggered: the handler is called again until it has dealt with the event
+        or asked for another mask.  It runs in the context (`contextvars`) that
+        add_handler was called in.
+
+        Raises FileExistsError if the fd has a handler, PermissionError for a regular
+        file, OSError for whatever else the kernel refuses, ValueError, OverflowError or
+        TypeError for an invalid fd, mask or handler.  Loop thread only.
+        """
+        _loop_check_thread(self)
+        require_callable(handler)
+        cdef uint32_t mask = event_mask(events)
+        cdef int number = fd_number(fd)
+        _loop_check_thread(self)  # fileno() may have closed the loop
+        _table_add(self, number, mask, NULL, NULL,
+                   _Handler.__new__(_Handler, fd, handler, capture_context()))
+
+    def update_handler(self, fd, events):
+        """Watch `fd` for `events` from now on; also drops events already collected.
+
+        Raises FileNotFoundError if the fd has no handler; otherwise raises what
+        add_handler does.  Loop thread only.
+        """
+        _loop_check_thread(self)
+        cdef uint32_t mask = event_mask(events)
+        cdef int number = fd_number(fd)
+        _loop_check_thread(self)
+        _table_update(self, number, mask)
+
+    def remove_handler(self, fd):
+        """Forget `fd`, before it is closed; does nothing if it has no handler.
+
+        The handler is not called again, not even for an event already collected.  An
+        object is found even if its `fileno()` fails, as that of a closed file does.
+        Loop thread only.
+        """
+        if self.closed:
+            return
+        _loop_check_thread(self)
+        cdef int number = self.table.find(fd)
+        if self.opened:  # still, after fileno()
+            _loop_check_thread(self)
+            if number >= 0 and number != self.queue.inbox.reader:
+                _table_remove(self, number)
+
+    @staticmethod
+    def split_fd(fd):
+        """Return `fd` as a pair: the int and what was passed.  Any thread."""
+        return fd_number(fd), fd
+
+    @staticmethod
+    def close_fd(fd):
+        """Close `fd`, by its own `close()` if it has one; ignore EBADF.  Any thread."""
+        try:
+            os.close(fd_number(fd)) if isinstance(fd, int) else fd.close()
+        except OSError as error:
+            if error.errno != EBADF:
+                raise
+
+    # Callbacks and timeouts.  The methods that are a docstring only are replaced: see
+    # "Fast methods".
+
+    def add_callback(self, callback, *args, **kwargs):
+        """Call `callback(*args, **kwargs)` in the next iteration.
+
+        In order of adding, in the context (`contextvars`) of this call.  An accepted
+        callback is run, in this `start()` or a later one, unless the loop is closed
+        first.  May be called from any thread, from a signal handler and from `__del__`.
+
+        Raises RuntimeError if the loop is closed, TypeError if `callback` is not
+        callable, and OSError if the loop sleeps and the kernel refuses to wake it.
+        """
+
+    def add_callback_from_signal(self, callback, *args, **kwargs):
+        """Same as add_callback, which may be called from a signal handler too."""
+
+    def spawn_callback(self, callback, *args, **kwargs):
+        """Like add_callback, in an empty context.  Any thread."""
+
+    def add_future(self, future, callback):
+        """Call `callback(future)` in the loop once `future` is done.
+
+        A future is any object with `add_done_callback`, completed in this thread or in
+        another (`concurrent.futures`).  Any thread.
+        """
+        _loop_check_open(self)
+        require_callable(callback)
+        relay = partial(_future_relay, self, callback, capture_context())
+        future.add_done_callback(relay)
+
+    def time(self):
+        """Return the time in seconds on the clock of `add_timeout`.  Any thread."""
+        if self.timers is None or self.timers.time_func is None:
+            return <double>read_clock(CLOCK_REALTIME) / 1e9
+        return self.timers.time_func()
+
+    def add_timeout(self, deadline, callback, *args, **kwargs):
+        """Call `callback(*args, **kwargs)` at `deadline`; return its handle.
+
+        `deadline` is a time in seconds on the clock of `time()` or a `timedelta` from
+        now.  Never early, late by microseconds; in the order of (deadline, adding).  A
+        deadline in the past is due in the next pass, infinity never.  Raises ValueError
+        for NaN, TypeError if `deadline` is not a time.  Loop thread only.
+        """
+
+    def call_later(self, delay, callback, *args, **kwargs):
+        """Like add_timeout, `delay` seconds from now.  Loop thread only."""
+
+    def call_at(self, when, callback, *args, **kwargs):
+        """Like add_timeout, at a time in seconds of `time()`.  Loop thread only."""
+
+    def remove_timeout(self, timeout):
+        """Cancel a timeout; does nothing if it has run or was cancelled.
+
+        Raises TypeError if `timeout` is not a handle of add_timeout, ValueError if it
+        is another loop's.  Loop thread only.
+        """
+        if self.closed:
+            return
+        _loop_check_thread(self)
+        if not isinstance(timeout, _Timeout):
+            raise TypeError("timeout must be what add_timeout returned, "
+                            f"not {type(timeout).__name__}")
+        if (<_Timeout>timeout).timers not in (NULL, <PyObject *>self.timers):
+            raise ValueError("the timeout belongs to another IOLoop")
+        _timers_cancel(<_Timeout>timeout)
+
+    # Start and stop
+
+    def start(self):
+        """Run until `stop()` is called, or a BaseException ends the run.
+
+        Everything not yet delivered is kept for the next start.  Returns at once if
+        stop() was called before.  Until then the loop belongs to the calling thread.
+        Raises RuntimeError if the loop is running.
+        """
+        _loop_check_idle(self)
+        try:
+            if not self.stopping:
+                _loop_run(self, INT64_MAX, False)
+        finally:
+            self.stopping = False
+
+    def stop(self):
+        """Make `start()` return once the current iteration is complete.
+
+        Before a start: the next one returns at once.  Wakes a sleeping loop.  May be
+        called from any thread and from a signal handler.
+        """
+        cdef bint before = self.stopping
+        _loop_check_open(self)
+        self.stopping = True
+        try:
+            _waker_wake(self.queue)
+        except OSError:
+            self.stopping = before
+            raise
+
+    def running(self):
+        """Return whether the loop is running.  Any thread."""
+        return self.opened and self.thread_id != 0
+
+    def run_sync(self, func, timeout=None):
+        """Run the loop until `func()` is done; return its value.
+
+        `func` is a plain function, or one that returns a coroutine or a future, which
+        is waited for.  Raises what it raises, TimeoutError after `timeout` seconds,
+        RuntimeError if the loop was stopped before; what is not done by then is
+        cancelled.  May be called from any thread while the loop is not running.
+        """
+        cdef _Sync call
+        cdef _Timeout limit = None
+        cdef bint expired = False
+        _loop_check_idle(self)
+        require_callable(func)
+        call = _Sync(self, func)
+        queued = make_call(call.go_on, None, None, capture_context())
+        try:
+            if timeout is not None:
+                limit = _timers_call(self, timeout, True, self.stop, None, None)
+            self.queue.push(queued)
+            self.start()
+        except BaseException:
+            call.give_up()
+            raise
+        finally:
+            self.queue.take_back(queued)  # if it has not begun
+            if limit is not None:
+                expired = limit.timers == NULL  # it has run
+                _timers_cancel(limit)
+        if call.error is not None:
+            raise call.error
+        if call.done:
+            return call.value
+        call.give_up()
+        if expired:
+            raise TimeoutError(f"no result after {timeout} seconds")
+        raise RuntimeError("IOLoop was stopped before the function was done")
+
+    def run_once(self, timeout=None):
+        """Run one iteration, to embed this loop in another one.
+
+        Polls for at most `timeout` seconds, or as long as `start()` would if None.
+        Call it when `fileno()` is readable or `next_timeout()` has passed.  After
+        stop(), the next call that would poll does not.  May be called from any thread
+        while the loop is not running.
+        """
+        cdef int64_t limit = INT64_MAX
+        _loop_check_idle(self)
+        if timeout is not None:
+            limit = max(0, nanoseconds(timeout, True))
+        _loop_check_idle(self)
+        _loop_run(self, limit, True)
+
+    def next_timeout(self):
+        """Return how long the loop would sleep, in seconds, or None for ever.
+
+        Loop thread only.
+        """
+        _loop_check_thread(self)
+        cdef int64_t wait = 0
+        if not _run_has_work(self) and not self.poller.undelivered:
+            wait = self.timers.time_left(INT64_MAX)
+        return None if wait == FOREVER else <double>wait / SECOND
+
+    def fileno(self):
+        """Return a file descriptor that is readable when `run_once` is due.
+
+        It is also readable once `next_timeout()` has become less.  It stays the same
+        until the loop is closed.  Raises io.UnsupportedOperation if the poller has
+        none.  Any thread.
+        """
+        _loop_check_open(self)
+        number = self.poller.fileno()
+        self.embedded = True
+        if self.thread_id == 0:
+            _waker_go_idle(self)
+        return number
+
+    def close(self, all_fds=False):
+        """Free the loop; `all_fds` closes every fd and object that has a handler.
+
+        Queued callbacks and timeouts are dropped.  A second call does nothing.  Raises
+        RuntimeError while the loop is running.  Any thread.
+        """
+        cdef _Timeout timeout  # kept alive while it is cancelled
+        timers, queue = self.timers, self.queue
+        if not self.opened:
+            return
+        if self.thread_id != 0 and not self.forked:
+            raise RuntimeError("a running IOLoop can't be closed")
+        cdef list handlers = _table_handlers(self) if all_fds else []
+        self.opened, self.closed = False, True
+        if self.installed and _process.get("loop") is self:
+            del _process["loop"]
+        if getattr(_threads, "loop", None) is self:
+            _threads.loop = None
+        _inbox_close(queue.inbox)
+        self.table.size = self.table.count = 0
+        self.table.handlers.clear()
+        timers.closed = True
+        timers.add_deferred()
+        while timers.count:
+            timeout = <_Timeout>timers.heap[timers.count - 1].timeout
+            _timers_cancel(timeout)
+        while queue.head != queue.tail:
+            queue.head += 1
+            list_take(queue.ring, <Py_ssize_t>((queue.head - 1) & queue.mask))
+        try:
+            self.poller.close()  # last, since that of a user may raise
+        finally:
+            for handler in handlers:
+                try:
+                    IOLoop.close_fd((<_Handler>handler).file)
+                except Exception:
+                    _report_exception(self, (<_Handler>handler).file)
+
+    def reinit(self):
+        """Make the loop usable in a forked child.
+
+        It gets a poller and a waker of its own, keeps the handlers, callbacks and
+        timeouts, and leaves the parent's loop alone.  An `impl` given to the
+        constructor must have a `reinit()` of its own (RuntimeError).  Does nothing if
+        there was no fork.
+        """
+        if not self.opened:
+            _loop_refuse(self)
+        if self.forked:
+            _fork_reinit(self)
+
+    def __enter__(self): return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+    def __repr__(self):
+        state = ("closed" if not self.opened else "forked" if self.forked
+                 else "running" if self.thread_id else "idle")
+        return f"<{type(self).__name__} {state} at {<uintptr_t><void *>self:#x}>"
+
+    def __del__(self):
+        if self.opened and not self.installed and not self.forked:
+            PyErr_ResourceWarning(self, 1, b"unclosed IOLoop at %p", <void *>self)
+
+    # Errors and blocking
+
+    def handle_callback_exception(self, callback):
+        """Log the exception (`sys.exc_info()`) that `callback` raised.
+
+        Called for callbacks, timeouts and handlers; override it in a subclass or on the
+        instance.  If it raises an exception itself, both go to `sys.unraisablehook`.
+        Called by the loop's thread.
+        """
+        logger().error("Exception in callback %r", callback, exc_info=True)
+
+    def set_blocking_signal_threshold(self, seconds, action):
+        """Call `action(signal, frame)` when the loop blocks for over `seconds`.
+
+        Uses SIGALRM, at most a quarter of the time late and once for each time that the
+        loop blocks; with an `action` of None the signal kills the process, even one
+        stuck in C code.  None for `seconds` turns it off at once.  While the loop runs,
+        `action` is SIGALRM's handler.  A handler that the program had set before gets
+        every SIGALRM that is not the loop's own, and while a callback has set one, the
+        loop sends none.  Main thread only (RuntimeError).
+        """
+        _loop_check_thread(self)
+        if action is not None:
+            require_callable(action)
+        import threading
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("SIGALRM can be handled in the main thread only")
+        _watchdog_set(self, seconds, True, action)
+
+    def set_blocking_log_threshold(self, seconds):
+        """Log a stack trace when the loop blocks for over `seconds`.
+
+        Calls `log_stack` in the watchdog's thread; no signal is sent.  None turns it
+        off at once.  Loop thread only.
+        """
+        _loop_check_thread(self)
+        _watchdog_set(self, seconds, False, None)
+
+    def log_stack(self, signal, frame):
+        """Log the stack of `frame`, which blocks the loop.
+
+        Called by the watchdog's thread; may serve as an action as well.
+        """
+        import traceback
+        logger().warning("IOLoop blocked for %f seconds in\n%s", self.threshold / 1e9,
+                         "".join(traceback.format_stack(frame)))
+
+    def stats(self):
+        """Return counters as a dict.  Any thread.
+
+        `iterations`, `polls`, `events`, `callbacks` and `timeouts` count what was run,
+        `pending_callbacks`, `pending_timeouts` and `handlers` what is registered now;
+        `asleep` is the time spent waiting and `longest_busy` the longest time between
+        two waits, both in seconds.
+        """
+        _loop_check_open(self)
+        return {
+            "iterations": self.iterations, "polls": self.polls, "events": self.events,
+            "callbacks": self.queue.count_run(), "timeouts": self.timers.count_run,
+            "pending_callbacks": self.queue.count_pending(),
+            "pending_timeouts": self.timers.count + self.timers.deferred,
+            "handlers": self.table.count - 1,
+            "asleep": self.slept / 1e9, "longest_busy": self.longest_busy / 1e9,
+        }
+
+    @property
+    def _handlers(self):
+        """A dict of the handlers by file descriptor, a copy."""
+        _loop_check_open(self)
+        return {(<_Handler>handler).number: (<_Handler>handler).callback
+                for handler in _table_handlers(self)}
+
+
+cdef object _loop_current():
+    """The thread's loop, or None; the first loop is current by a weak reference."""
+    loop = getattr(_threads, "loop", None)
+    if type(loop) is ref:
+        loop = loop()
+    return loop if loop is not None and (<IOLoop>loop).opened else None
+
+
+cdef inline int _loop_check_open(IOLoop loop) except -1:
+    if not loop.opened or loop.forked:
+        _loop_refuse(loop)
+
+
+cdef inline int _loop_check_thread(IOLoop loop) except -1:
+    if not loop.opened or loop.forked or (
+            loop.thread_id != 0 and loop.thread_id != get_thread_id()):
+        _loop_refuse(loop)
+
+
+cdef int _loop_refuse(IOLoop loop) except -1:
+    if loop.poller is None:
+        raise RuntimeError("IOLoop.__init__() has not been called")
+    if not loop.opened:
+        raise RuntimeError("IOLoop is closed")
+    if loop.forked:
+        raise RuntimeError("this IOLoop was made before a fork: call its reinit() "
+                           "or make a new one in the child process")
+    raise RuntimeError("IOLoop runs in another thread; the method is not thread-safe")
+
+
+cdef int _loop_check_idle(IOLoop loop) except -1:
+    _loop_check_thread(loop)
+    if loop.thread_id != 0:
+        raise RuntimeError("IOLoop is already running")
+
+
+cdef int _loop_run(IOLoop loop, int64_t limit, bint once) except -1:
+    """Iterate once, or until told to stop; borrow what a run needs, and return it."""
+    loop.thread_id = loop.timers.thread_id = get_thread_id()
+    try:
+        loop.outer_loop = getattr(_threads, "loop", None)
+        _threads.loop = loop
+        _wakeup_take(loop)
+        store(&loop.queue.inbox.asleep, 0)
+        _watchdog_start(loop)
+        loop.woken = read_clock()
+        while _run_iteration(loop, limit):
+            if once:
+                break
+        else:
+            loop.stopping = False
+    finally:
+        try:
+            try:
+                _watchdog_stop(loop)
+            finally:
+                if loop.has_wakeup_fd:
+                    _wakeup_give_back(loop)
+        finally:
+            loop.thread_id = loop.timers.thread_id = 0
+            _run_count_busy(loop, read_clock())
+            _waker_go_idle(loop)
+            _threads.loop, loop.outer_loop = loop.outer_loop, None
+
+
+# -- Helpers -------------------------------------------------------------------
 
 cdef extern from "Python.h":
-    void PyErr_WriteUnraisable(object context)
-    void PyErr_SetObject(object type, object value)
+    unsigned long get_thread_id "PyThread_get_thread_ident"() nogil
+    int PyThread_acquire_lock_timed(PyThread_type_lock, long long us, int intr) nogil
     int PyErr_ResourceWarning(object source, Py_ssize_t level, const char *format,
                               ...) except -1
-    void Py_XDECREF(PyObject *)
-
-cdef extern from "<errno.h>" nogil:
-    enum: ESHUTDOWN
-
-cdef extern from "<pthread.h>" nogil:
-    ctypedef struct pthread_mutex_t:
-        pass
-    int pthread_mutex_init(pthread_mutex_t *, void *)
-    int pthread_mutex_destroy(pthread_mutex_t *)
-    int pthread_mutex_lock(pthread_mutex_t *)
-    int pthread_mutex_unlock(pthread_mutex_t *)
-    int pthread_atfork(void (*before)() noexcept nogil, void (*parent)() noexcept nogil,
-                       void (*child)() noexcept nogil)
-
-
-# -- Small helpers -------------------------------------------------------------
 
 cdef enum:
     # epoll's numbers; the other pollers translate to and from them.
@@ -411,6 +846,7 @@ cdef enum:
     PRI = 0x002
     WRITE = IOLOOP_WRITE
     ERROR = IOLOOP_ERROR
+    DISABLED = 1 << 29      # kqueue's READ filter for no event at all
     ONESHOT = 1 << 30
     EDGE = 1 << 31
     SECOND = 1000000000     # in nanoseconds
@@ -431,11 +867,7 @@ cdef void *reallocate(void *block, size_t size) except NULL:
     return moved
 
 
-cdef inline int64_t monotonic() noexcept nogil:
-    return _read_clock(CLOCK_MONOTONIC)
-
-
-cdef inline int64_t _read_clock(int clock) noexcept nogil:
+cdef inline int64_t read_clock(int clock=CLOCK_MONOTONIC) noexcept nogil:
     cdef timespec t
     clock_gettime(clock, &t)
     return <int64_t>t.tv_sec * SECOND + t.tv_nsec
@@ -454,13 +886,15 @@ cdef inline int64_t nanoseconds(double seconds, bint up) except? -1:
     return <int64_t>whole * SECOND + <int64_t>(ceil(rest) if up else floor(rest))
 
 
-cdef inline int64_t later(int64_t base, int64_t delay) noexcept nogil:
-    """Their sum, or the end of time."""
-    if delay > 0 and base > INT64_MAX - delay:
-        return INT64_MAX
-    if delay < 0 and base < INT64_MIN - delay:
-        return INT64_MIN
-    return base + delay
+cdef inline int64_t add_times(int64_t base, int64_t delay) noexcept nogil:
+    # Saturating.
+    if delay > 0:
+        return min(base, INT64_MAX - delay) + delay
+    return max(base, INT64_MIN - delay) + delay
+
+
+cdef inline timespec as_timespec(int64_t ns) noexcept nogil:
+    return timespec(tv_sec=ns // SECOND, tv_nsec=ns % SECOND)
 
 
 cdef inline int require_callable(object callback) except -1:
@@ -468,12 +902,8 @@ cdef inline int require_callable(object callback) except -1:
         raise TypeError(f"a callable is required, not {type(callback).__name__}")
 
 
-cdef inline bint has(object thing, str name) except -1:
-    """Tell whether its class, not just the instance, has an attribute.
-
-    As asyncio does: a Mock has whatever it is asked for, and one with a `spec` has the
-    class that it stands for.
-    """
+cdef inline bint class_has(object thing, str name) except -1:
+    # A Mock has every attribute, but the class of its spec, if it has one.
     return hasattr(thing.__class__, name)
 
 
@@ -507,7 +937,7 @@ cdef uint32_t event_mask(object events) except? 0xFFFFFFFF:
 
 
 cdef int above_stdio(int fd) except -1:
-    """`fd`, moved out of 0-2, where a program may find it as its stdout."""
+    """`fd`, moved out of 0-2, which a program may reopen as its stdout."""
     cdef int moved
     if fd > 2:
         return fd
@@ -516,624 +946,95 @@ cdef int above_stdio(int fd) except -1:
     return check(moved)
 
 
-def _log():
-    import logging  # which takes longer than all the rest
+cdef object logger():
+    import logging  # takes longer to import than everything else here
     return logging.getLogger("ioloop")
 
 
-# -- IOLoop --------------------------------------------------------------------
-
-# What is one per process (the instance) or one per thread (the current loop).
-_process = {}  # "loop": the instance; a dict's setdefault() is atomic
-_threads = _local()
-_loops = {}  # weak references to all there are, by id
-
-
-@cython.internal
-cdef class _Referable:
-    # Cython 3.3 can't give a type of the limited API both this and a __dict__.
-    cdef object __weakref__
-
-
-cdef class IOLoop(_Referable):
-    """IOLoop(impl=None, *, time_func=None, make_current=None)
-
-    A level-triggered event loop.
-
-    `impl` is the poller: `_EPoll()`, `_KQueue()` or `_Select()`, by default the
-    best that the platform has, or any object with `register(fd, events)`,
-    `modify(fd, events)`, `unregister(fd)` and `poll(seconds)`, which returns
-    pairs of fd and events; -1 seconds is for ever.  (Seconds: most pollers
-    of other packages count in milliseconds.)  The loop closes it.
-    `time_func` returns the time in seconds; the loop's deadlines are on its
-    clock.  By default they are UNIX times, kept by the monotonic clock from the
-    moment they are set, so that setting the system's clock moves none of them.
-    `make_current`: None makes the loop the thread's current one, until it is
-    dropped or closed, if there is none; True raises RuntimeError if there is one.
-
-    A loop is a context manager that closes itself.  Of what a subclass overrides
-    it calls only `handle_callback_exception` and `log_stack`.  Source: Tornado
-    1.2-2.0; `make_current`: 4.2.
-    """
-
-    cdef dict __dict__
-    cdef readonly object _impl
-    cdef _Poller poller
-    cdef _Table table
-    cdef _Queue queue
-    cdef _Timers timers
-    cdef _Watcher watcher       # of this run, if there is a threshold
-    cdef int64_t threshold      # of the watcher, in nanoseconds; 0 is none
-    cdef object action          # of the signal threshold
-    cdef bint by_signal         # it is one
-    cdef object blank           # an empty context, for whatever captured none
-    cdef object outer           # the current loop that start() put aside
-    cdef unsigned long thread   # the one that runs the loop, or 0
-    cdef bint opened, forked, stopping, shared, embedded
-    cdef bint has_wakeup_fd     # our pipe is the signal wakeup fd,
-    cdef int outer_wakeup       # in the place of this one, or -1
-    cdef int alarms             # SIGALRMs that the pipe told of, not handled yet
-    cdef uint64_t polled        # callbacks run before the last poll among them
-    cdef int held               # polls and events since the GIL was offered
-    cdef bint eager             # the last poll found events at once
-    cdef int64_t tick           # the coarse time of the last poll
-    cdef int64_t renewed        # when the poller was last rebuilt
-    cdef uint64_t iterations, polls, events
-    cdef int64_t asleep, woken, longest_busy
-
-    NONE = IOLOOP_NONE
-    READ = _EPOLLIN = IOLOOP_READ
-    WRITE = _EPOLLOUT = IOLOOP_WRITE
-    ERROR = IOLOOP_ERROR
-    _EPOLLPRI = 0x002
-    _EPOLLERR = 0x008
-    _EPOLLHUP = 0x010
-    _EPOLLRDHUP = 0x2000
-    _EPOLLONESHOT = 1 << 30
-    _EPOLLET = 1 << 31
-
-    def __init__(self, impl=None, *, time_func=None, make_current=None):
-        if self.opened:
-            raise RuntimeError("IOLoop is already initialised")
-        if time_func is not None:
-            require_callable(time_func)
-        if make_current and _current_loop() is not None:
-            raise RuntimeError("the thread has a current IOLoop already")
-        queue = _Queue()
-        impl = _poll() if impl is None else impl
-        poller = impl if _is_native(impl) else _Foreign(impl)
-        if (<_Poller>poller).taken:
-            raise ValueError("the poller is another IOLoop's")
-        self.table = _Table()
-        self.timers = _Timers(queue, time_func)
-        self.blank = new_context()
-        self.poller = poller
-        if self.poller.foreign:
-            (<_Foreign>poller).table = self.table
-        self.queue = queue
-        _add_doorbell(self)
-        self._impl = impl
-        self.poller.taken = True
-        _loops[id(self)] = ref(self, partial(_loops.pop, id(self)))
-        self.opened = True
-        if make_current:
-            _threads.loop = self
-        elif make_current is None and _current_loop() is None:
-            _threads.loop = ref(self)
-
-    # Which loop
-
-    @classmethod
-    def instance(cls):
-        """Return the process's loop, made by the first call.  Any thread."""
-        cdef IOLoop loop = _process.get("loop")
-        if loop is None:
-            loop = cls()
-            loop.shared = True
-            if _process.setdefault("loop", loop) is not loop:
-                loop.close()  # another thread was quicker
-                return cls.instance()
-        return loop
-
-    @staticmethod
-    def initialized():
-        """Tell whether the process's loop exists.  Any thread."""
-        return "loop" in _process
-
-    @staticmethod
-    def clear_instance():
-        """Forget the process's loop, which is not closed.  Any thread."""
-        _process.pop("loop", None)
-
-    def install(self):
-        """Make this the process's loop; RuntimeError if there is one.  Any thread."""
-        _check_open(self)
-        if _process.setdefault("loop", self) is not self:
-            raise RuntimeError("the process has an IOLoop.instance() already")
-        self.shared = True
-
-    @staticmethod
-    def current(instance=True):
-        """Return the loop that runs in this thread or was made its current one.
-
-        That is the first loop made in the thread, unless `make_current` said
-        otherwise.  Without one, return `instance()`, or None where `instance` is
-        false.  Source: Tornado 4.2.
-        """
-        loop = _current_loop()
-        return IOLoop.instance() if loop is None and instance else loop
-
-    def make_current(self):
-        """Make this the current loop of the calling thread."""
-        _check_open(self)
-        _threads.loop = self
-
-    @staticmethod
-    def clear_current():
-        """Leave the calling thread without a current loop."""
-        _threads.loop = None
-
-    # File descriptors
-
-    def add_handler(self, fd, handler, events):
-        """Call `handler(fd, events)` whenever one of `events` is true of `fd`.
-
-        `fd` is a file descriptor or an object with `fileno()`; the handler gets
-        what was passed.  `events` is a mask of READ and WRITE (or poll bits of
-        the kernel, as `_EPOLLRDHUP`); ERROR, an error or a hang-up, is always
-        added.  With a mask of NONE the fd is known but not watched.  The loop
-        is level-triggered: the handler is called again until it has dealt with
-        the event or asked for another mask.  It runs in the context
-        (`contextvars`) that add_handler was called in.
-
-        Raises FileExistsError for an fd that has a handler, PermissionError for
-        a regular file, OSError for what the kernel refuses, ValueError,
-        OverflowError or TypeError for what is no fd, no mask, no callable.
-        Loop thread only.
-        """
-        _check_thread(self)
-        require_callable(handler)
-        cdef uint32_t mask = event_mask(events)
-        cdef int number = fd_number(fd)
-        _check_thread(self)  # fileno() may have closed the loop
-        _add_handler(self, number, mask, NULL, NULL,
-                     _Handler.__new__(_Handler, fd, handler, capture_context()))
-
-    def update_handler(self, fd, events):
-        """Ask for `events` from now on; also drops what is already collected.
-
-        Raises FileNotFoundError for an fd without a handler, else as
-        add_handler.  Loop thread only.
-        """
-        _check_thread(self)
-        cdef uint32_t mask = event_mask(events)
-        cdef int number = fd_number(fd)
-        _check_thread(self)
-        _update_handler(self, number, mask)
-
-    def remove_handler(self, fd):
-        """Forget `fd`, before it is closed; does nothing if it has no handler.
-
-        Its handler is not called any more, not even for an event already
-        collected.  An object is found also when its `fileno()` fails, as that
-        of a closed file does.  Loop thread only.
-        """
-        if _is_closed(self):
-            return
-        _check_thread(self)
-        cdef int number = _registered_number(self.table, fd)
-        if self.opened:  # still, after fileno()
-            _check_thread(self)
-            if number >= 0 and number != self.queue.door.reader:
-                _remove_handler(self, number)
-
-    @staticmethod
-    def split_fd(fd):
-        """Return `fd` as a pair: the int and what was passed.  Any thread."""
-        return fd_number(fd), fd
-
-    @staticmethod
-    def close_fd(fd):
-        """Close `fd`, by its own `close()` if it has one; EBADF is ignored.
-
-        Any thread.
-        """
-        _close_file(fd)
-
-    # Callbacks
-
-    def add_callback(self, callback, *args, **kwargs):
-        """Call `callback(*args, **kwargs)` in the next iteration.
-
-        In order of adding, in the context (`contextvars`) of this call.  What
-        was accepted is run, in this `start()` or a later one, unless the loop
-        is closed.  May be called from any thread, from a signal handler and
-        from `__del__`.
-
-        Raises RuntimeError if the loop is closed, TypeError for what is not
-        callable, and OSError if the loop sleeps and the kernel refuses to wake
-        it.
-        """
-        _queue_call(self, callback, args or None, kwargs, capture_context())
-
-    def add_callback_from_signal(self, callback, *args, **kwargs):
-        """As add_callback, which may be called from a signal handler too."""
-        _queue_call(self, callback, args or None, kwargs, capture_context())
-
-    def spawn_callback(self, callback, *args, **kwargs):
-        """As add_callback, in an empty context.  Any thread."""
-        _queue_call(self, callback, args or None, kwargs, None)
-
-    def add_future(self, future, callback):
-        """Call `callback(future)` in the loop once `future` is done.
-
-        A future is any object with `add_done_callback`, of this thread or of
-        another (`concurrent.futures`).  Any thread.
-        """
-        _check_open(self)
-        require_callable(callback)
-        future.add_done_callback(partial(_relay, self, callback, capture_context()))
-
-    # Timeouts
-
-    def time(self):
-        """Return the time in seconds on the clock of `add_timeout`.  Any thread."""
-        if self.timers is None or self.timers.time_func is None:
-            return <double>_read_clock(CLOCK_REALTIME) / 1e9
-        return self.timers.time_func()
-
-    def add_timeout(self, deadline, callback, *args, **kwargs):
-        """Call `callback(*args, **kwargs)` at `deadline`; return its handle.
-
-        `deadline` is a time in seconds on the clock of `time()` or a
-        `timedelta` from now.  Never early, late by microseconds; in the order
-        of (deadline, adding).  A deadline in the past is due in the next pass,
-        infinity never.  Raises ValueError for NaN, TypeError for what is no
-        time.  Loop thread only.
-        """
-        return _time_call(self, deadline, _deadline, callback, args or None, kwargs)
-
-    def call_later(self, delay, callback, *args, **kwargs):
-        """As add_timeout, `delay` seconds from now.  Loop thread only."""
-        return _time_call(self, delay, _delay, callback, args or None, kwargs)
-
-    def call_at(self, when, callback, *args, **kwargs):
-        """As add_timeout, at `when` seconds on the clock of `time()`.
-
-        Loop thread only.
-        """
-        return _time_call(self, when, _deadline, callback, args or None, kwargs)
-
-    def remove_timeout(self, timeout):
-        """Cancel a handle; does nothing if it has run or was cancelled.
-
-        Raises TypeError for what is no handle, ValueError for another loop's.
-        Loop thread only.
-        """
-        if _is_closed(self):
-            return
-        _check_thread(self)
-        if not isinstance(timeout, _Timeout):
-            raise TypeError(f"a handle of add_timeout, not {type(timeout).__name__}")
-        if (<_Timeout>timeout).timers not in (NULL, <PyObject *>self.timers):
-            raise ValueError("the timeout belongs to another IOLoop")
-        _cancel(<_Timeout>timeout)
-
-    # Start and stop
-
-    def start(self):
-        """Run until `stop()` is called, or a BaseException ends it.
-
-        Everything not yet delivered is kept for the next start.  Returns at
-        once if stop() was called before.  The calling thread is the loop's until
-        then.  Raises RuntimeError if the loop runs.
-        """
-        _check_thread(self)
-        _check_idle(self)
-        try:
-            if not self.stopping:
-                _enter(self)
-                try:
-                    while _iterate(self, INT64_MAX):
-                        pass
-                finally:
-                    _leave(self)
-        finally:
-            self.stopping = False
-
-    def stop(self):
-        """Let `start()` return once the iteration is complete.
-
-        Before a start: the next one returns at once.  Wakes a sleeping loop.
-        May be called from any thread and from a signal handler.
-        """
-        cdef bint before = self.stopping
-        _check_open(self)
-        self.stopping = True
-        try:
-            _wake(self.queue)
-        except OSError:
-            self.stopping = before
-            raise
-
-    def running(self):
-        """Tell whether the loop runs.  Any thread."""
-        return self.opened and self.thread != 0
-
-    def run_sync(self, func, timeout=None):
-        """Run the loop until `func()` is done; return its value.
-
-        `func` is a plain function, or one that returns a coroutine or a future,
-        which is waited for.  Raises what it raises, TimeoutError after
-        `timeout` seconds, RuntimeError if the loop was stopped before; what is
-        not done by then is cancelled.  As start(), from any thread.
-        """
-        _check_thread(self)
-        _check_idle(self)
-        require_callable(func)
-        return _run_sync(self, func, timeout)
-
-    def run_once(self, timeout=None):
-        """Run one iteration, for embedding the loop into another.
-
-        Poll for at most `timeout` seconds, as long as `start()` would if None.
-        To be called when `fileno()` is readable or `next_timeout()` is over.
-        After stop(), the next one that would poll does not.  As start(), from
-        any thread.
-        """
-        cdef int64_t limit = INT64_MAX
-        _check_thread(self)
-        _check_idle(self)
-        if timeout is not None:
-            limit = max(0, nanoseconds(timeout, True))
-        _check_idle(self)
-        _enter(self)
-        try:
-            if not _iterate(self, limit):
-                self.stopping = False
-        finally:
-            _leave(self)
-
-    def next_timeout(self):
-        """Return how long the loop would sleep, in seconds, or None for ever.
-
-        Loop thread only.
-        """
-        _check_thread(self)
-        cdef int64_t wait = 0
-        if not _is_awake(self) and not self.poller.kept:
-            wait = _time_to_wait(self, INT64_MAX)
-        return None if wait == FOREVER else <double>wait / SECOND
-
-    def fileno(self):
-        """Return a file descriptor that is readable when `run_once` is due.
-
-        Or when `next_timeout()` has become less.  It stays the same until the loop is
-        closed.  Raises io.UnsupportedOperation if the poller has none.  Any thread.
-        """
-        _check_open(self)
-        number = self.poller.fileno()
-        self.embedded = True
-        if self.thread == 0:
-            _doze(self)
-        return number
-
-    def close(self, all_fds=False):
-        """Free the loop; `all_fds` closes every fd and object it has handlers of.
-
-        What is queued is dropped.  Does nothing the second time.  Raises
-        RuntimeError while the loop runs.  Any thread.
-        """
-        cdef _Timeout timeout  # kept alive while it is cancelled
-        cdef _Timers timers = self.timers
-        cdef _Queue queue = self.queue
-        if not self.opened:
-            return
-        if self.thread != 0 and not self.forked:
-            raise RuntimeError("a running IOLoop can't be closed")
-        cdef list files = _registrations(self) if all_fds else []
-        self.opened = False
-        if self.shared and _process.get("loop") is self:
-            del _process["loop"]
-        if getattr(_threads, "loop", None) is self:
-            _threads.loop = None
-        _close_door(queue.door)
-        self.table.size = self.table.count = 0
-        self.table.handlers.clear()
-        timers.closed = True
-        _add_late(timers)
-        while timers.count:
-            timeout = <_Timeout>timers.heap[timers.count - 1].timeout
-            _cancel(timeout)
-        while queue.head != queue.tail:
-            queue.head += 1
-            take(queue.ring, <Py_ssize_t>((queue.head - 1) & queue.mask))
-        try:
-            self.poller.close()  # last, since that of a user may raise
-        finally:
-            for _, handler in files:
-                try:
-                    _close_file((<_Handler>handler).file)
-                except Exception:
-                    _report(self, (<_Handler>handler).file)
-
-    def reinit(self):
-        """Make the loop usable in a forked child.
-
-        With a poller and a doorbell of its own it keeps the handlers, callbacks
-        and timeouts, and leaves the parent's loop alone.  An `impl` given to
-        the constructor must have a `reinit()` of its own (RuntimeError).  Does
-        nothing where there was no fork.
-        """
-        if not self.opened:
-            _refuse(self)
-        if self.forked:
-            _reinit(self)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc_info):
-        self.close()
-
-    def __repr__(self):
-        state = ("closed" if not self.opened else "forked" if self.forked
-                 else "running" if self.thread else "idle")
-        return f"<{type(self).__name__} {state} at {<uintptr_t><void *>self:#x}>"
-
-    def __del__(self):
-        if self.opened and not self.shared and not self.forked:
-            PyErr_ResourceWarning(self, 1, b"unclosed IOLoop at %p", <void *>self)
-
-    # Errors and blocking
-
-    def handle_callback_exception(self, callback):
-        """Log the exception (`sys.exc_info()`) that `callback` raised.
-
-        Called for callbacks, timeouts and handlers; override it in a subclass
-        or on the instance.  If it raises an exception itself, both go to
-        `sys.unraisablehook`.  Called by the loop's thread.
-        """
-        _log().error("Exception in callback %r", callback, exc_info=True)
-
-    def set_blocking_signal_threshold(self, seconds, action):
-        """Call `action(signal, frame)` when the loop blocks for over `seconds`.
-
-        By SIGALRM, within a quarter of the time more and once for each time that it
-        blocks; an `action` of None lets the signal kill the process, even when it
-        is stuck in C code.  None for `seconds` turns it off at once.  While the loop
-        runs, SIGALRM's handler is `action`.  A handler that the program had set
-        before gets every SIGALRM that is not the loop's own, and while a callback
-        has set one, the loop sends none.  Main thread only (RuntimeError).
-        """
-        _check_thread(self)
-        if action is not None:
-            require_callable(action)
-        import threading
-        if threading.current_thread() is not threading.main_thread():
-            raise RuntimeError("SIGALRM can be handled in the main thread only")
-        _set_threshold(self, seconds, True, action)
-
-    def set_blocking_log_threshold(self, seconds):
-        """Log a stack trace when the loop blocks for over `seconds`.
-
-        By `log_stack`, in the thread that watches; no signal is sent.  None turns it
-        off at once.  Loop thread only.
-        """
-        _check_thread(self)
-        _set_threshold(self, seconds, False, None)
-
-    def log_stack(self, signal, frame):
-        """Log the stack of `frame`, which blocks the loop.
-
-        Called by the thread that watches; may serve as an action as well.
-        """
-        import traceback
-        _log().warning("IOLoop blocked for %f seconds in\n%s", self.threshold / 1e9,
-                       "".join(traceback.format_stack(frame)))
-
-    def stats(self):
-        """Return counters as a dict.  Any thread.
-
-        `iterations`, `polls`, `events`, `callbacks` and `timeouts` count what
-        was run, `pending_callbacks`, `pending_timeouts` and `handlers` what is
-        there; `asleep` is the time spent waiting and `longest_busy` the longest
-        between two waits, both in seconds.
-        """
-        _check_open(self)
-        return {
-            "iterations": self.iterations,
-            "polls": self.polls,
-            "events": self.events,
-            "callbacks": _count_run(self.queue),
-            "timeouts": self.timers.fired,
-            "pending_callbacks": _pending(self.queue),
-            "pending_timeouts": self.timers.count + self.timers.lates,
-            "handlers": self.table.count - 1,
-            "asleep": self.asleep / 1e9,
-            "longest_busy": self.longest_busy / 1e9,
+# -- Iteration -----------------------------------------------------------------
+
+ctypedef PyObject *_Object
+
+cdef extern from *:
+    r"""
+    /* Calls in a context, as Context.run() makes them: of contexts, the limited API
+       knows only that method.  `args` is a tuple, `kwargs` a dict or None. */
+    #ifdef Py_LIMITED_API
+    #  define IOLOOP_LIMITED_API 1
+    #  define ioloop_copy_context() (Py_INCREF(Py_None), Py_None)
+    #  define ioloop_context_size(context) PyObject_Size(context)
+    #  define ioloop_call0(context, function) \
+        PyObject_CallMethod(context, "run", "(O)", function)
+    #  define ioloop_call2(context, function, a, b) \
+        PyObject_CallMethod(context, "run", "(OOO)", function, a, b)
+    static PyObject *ioloop_call(PyObject *context, PyObject *function,
+                                 PyObject *args, PyObject *kwargs) {
+        PyObject *all = PyTuple_New(PyTuple_Size(args) + 1), *item;
+        PyObject *run = PyObject_GetAttrString(context, "run"), *result = NULL;
+        for (Py_ssize_t i = 0; all && i < PyTuple_Size(all); i++) {
+            item = i ? PyTuple_GetItem(args, i - 1) : function;
+            Py_INCREF(item);
+            PyTuple_SetItem(all, i, item);
         }
+        if (all && run)
+            result = PyObject_Call(run, all, kwargs == Py_None ? NULL : kwargs);
+        Py_XDECREF(run);
+        Py_XDECREF(all);
+        return result;
+    }
+    #else
+    #  define IOLOOP_LIMITED_API 0
+    #  define ioloop_context_size(context) \
+        Py_TYPE(context)->tp_as_mapping->mp_length(context)
+    static inline PyObject *ioloop_copy_context(void) {
+        PyObject *context = PyThreadState_Get()->context;
+        if (context && ioloop_context_size(context))
+            return PyContext_Copy(context);
+        Py_INCREF(Py_None);
+        return Py_None;
+    }
+    static inline PyObject *ioloop_exit(PyObject *context, PyObject *result) {
+        if (PyContext_Exit(context) < 0)
+            Py_CLEAR(result);
+        return result;
+    }
+    #  define IN_CONTEXT(call) /* which is made between the two */ \
+        (PyContext_Enter(context) < 0 ? NULL : ioloop_exit(context, call))
+    static inline PyObject *ioloop_call(PyObject *context, PyObject *function,
+                                        PyObject *args, PyObject *kwargs) {
+        kwargs = kwargs == Py_None ? NULL : kwargs;
+        return IN_CONTEXT(PyObject_Call(function, args, kwargs));
+    }
+    static inline PyObject *ioloop_call0(PyObject *context, PyObject *function) {
+        return IN_CONTEXT(PyObject_CallNoArgs(function));
+    }
+    static inline PyObject *ioloop_call2(PyObject *context, PyObject *function,
+                                         PyObject *a, PyObject *b) {
+        PyObject *args[3] = {NULL, a, b};
+        Py_ssize_t n = 2 | PY_VECTORCALL_ARGUMENTS_OFFSET;
+        return IN_CONTEXT(PyObject_Vectorcall(function, args + 1, n, NULL));
+    }
+    #endif
+    #define ioloop_is_unused(context) \
+        (Py_REFCNT(context) == 1 && ioloop_context_size(context) == 0)
 
-    @property
-    def _handlers(self):
-        """A dict of the handlers by file descriptor, a copy."""
-        _check_open(self)
-        return {fd: (<_Handler>item).callback for fd, item in _registrations(self)}
+    /* For a function that finds an exception already set. */
+    #define ioloop_raise() (-1)
+    """
+    const bint LIMITED_API "IOLOOP_LIMITED_API"
+    object copy_if_set "ioloop_copy_context"()
+    _Object call "ioloop_call"(_Object context, _Object f, _Object args, _Object kwargs)
+    _Object call0 "ioloop_call0"(_Object context, _Object f)
+    _Object call2 "ioloop_call2"(_Object context, _Object f, _Object a, _Object b)
+    bint is_unused "ioloop_is_unused"(PyObject *context)  # empty, and kept by nobody
+    int raise_pending "ioloop_raise"() except -1
 
-
-cdef object _current_loop():
-    """The thread's loop, or None; one that is current for being the first may go."""
-    loop = getattr(_threads, "loop", None)
-    if type(loop) is ref:
-        loop = loop()
-    return loop if loop is not None and (<IOLoop>loop).opened else None
-
-
-cdef inline bint _is_closed(IOLoop loop) noexcept:
-    return not loop.opened and loop.poller is not None
-
-
-cdef inline int _check_open(IOLoop loop) except -1:
-    if not loop.opened or loop.forked:
-        _refuse(loop)
-
-
-cdef inline int _check_thread(IOLoop loop) except -1:
-    if not loop.opened or loop.forked or (
-            loop.thread != 0 and loop.thread != get_thread()):
-        _refuse(loop)
-
-
-cdef int _refuse(IOLoop loop) except -1:
-    if loop.poller is None:
-        raise RuntimeError("IOLoop.__init__() has not been called")
-    if not loop.opened:
-        raise RuntimeError("IOLoop is closed")
-    if loop.forked:
-        raise RuntimeError("this IOLoop was made before a fork: call its reinit() "
-                           "or make a new one in the child process")
-    raise RuntimeError("IOLoop runs in another thread, "
-                       "and this method is not thread-safe")
-
-
-cdef int _check_idle(IOLoop loop) except -1:
-    if not loop.opened:
-        _refuse(loop)
-    if loop.thread != 0:
-        raise RuntimeError("IOLoop is already running")
-
-
-cdef int _enter(IOLoop loop) except -1:
-    """Take the loop for this thread."""
-    loop.thread = loop.timers.thread = get_thread()
-    try:
-        loop.outer = getattr(_threads, "loop", None)
-        _threads.loop = loop
-        _take_wakeup_fd(loop)
-        store(&loop.queue.door.asleep, 0)
-        _start_watcher(loop)
-        loop.woken = monotonic()
-    except BaseException:
-        _leave(loop)
-        raise
-
-
-cdef int _leave(IOLoop loop) except -1:
-    """Give everything back that _enter took; the loop is restartable."""
-    try:
-        try:
-            _stop_watcher(loop)
-        finally:
-            if loop.has_wakeup_fd:
-                _give_wakeup_fd(loop)
-    finally:
-        loop.thread = loop.timers.thread = 0
-        _note_busy(loop, monotonic())
-        _doze(loop)
-        _threads.loop, loop.outer = loop.outer, None
-
-
-# -- The iteration -------------------------------------------------------------
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events, revents
+    enum: POLLERR, POLLHUP
+    int poll_now "poll"(pollfd *files, unsigned int n, int ms)
 
 cdef enum:
     # While callbacks wait, a native poller is asked for events once in so many of
@@ -1141,32 +1042,28 @@ cdef enum:
     # costs more than a short callback.
     CALLBACKS_PER_POLL = 64
 
-    BATCHES_PER_LOOK = 64   # one fd in so many batches is looked at
+    BATCHES_PER_CHECK = 64  # one fd in so many batches is checked
     SLACK = 50000           # nanoseconds, unless prctl() has set another
-    LONGEST = 86400         # seconds to sleep; some kernels refuse years
+    LONGEST_SLEEP = 86400   # seconds; some kernels refuse years
 
     # A poll that found events at once is followed by one that doesn't wait, which
-    # keeps the GIL and reads no clock.
-    EAGER = 5000            # nanoseconds that are at once
-    SHARE = 64              # polls and events, after which the GIL is offered
-
-# Any Python function gives the GIL away to a thread that has waited for it for a switch
-# interval.  Just to release it doesn't help: the waiter wakes too late and waits again.
-_share = eval("lambda: None")
+    # keeps the GIL and reads no clock: 30 % less time for one busy socket.
+    AT_ONCE = 5000          # nanoseconds
+    EVENTS_PER_OFFER = 64   # polls and events, after which the GIL is offered
 
 
-cdef int _iterate(IOLoop loop, int64_t limit) except -1:
+cdef int _run_iteration(IOLoop loop, int64_t limit) except -1:
     """One iteration, waiting for at most `limit` ns; false if it was the last."""
     cdef int n
     store64(&loop.iterations, loop.iterations + 1)
-    store(&loop.queue.door.asleep, 0)
+    store(&loop.queue.inbox.asleep, 0)
     loop.alarms = 0
     _run_callbacks(loop)
     if loop.timers.count:
         _run_timeouts(loop)
     if loop.stopping:
         return False
-    n = _poll_events(loop, limit)
+    n = _run_poll(loop, limit)
     if n:
         _run_handlers(loop, n)
     if DEBUG:
@@ -1175,172 +1072,142 @@ cdef int _iterate(IOLoop loop, int64_t limit) except -1:
 
 
 cdef int _run_callbacks(IOLoop loop) except -1:
-    """Step 1: what was queued when the iteration began, C's and Python's."""
+    """Step 1: the callbacks that were queued when the iteration began."""
     cdef _Queue queue = loop.queue
-    cdef _Door *door = queue.door
-    cdef uint64_t last_post = load64(&door.tail), last = queue.tail, next_call
+    cdef _Inbox *inbox = queue.inbox
+    cdef uint64_t last_post = load64(&inbox.tail), last = queue.tail, next_call
     cdef _Post post
-    cdef object call
     while True:
-        if door.head < last_post:
+        if inbox.head < last_post:
+            # C's and Python's callbacks run in the order in which they were added.
             next_call = queue.head if queue.head < last else UINT64_MAX
-            pthread_mutex_lock(&door.lock)
-            post = door.posts[door.head & (door.capacity - 1)]
-            if post.after <= next_call:
-                store64(&door.head, door.head + 1)
-            pthread_mutex_unlock(&door.lock)
-            if post.after <= next_call:
+            pthread_mutex_lock(&inbox.lock)
+            post = inbox.posts[inbox.head & (inbox.capacity - 1)]
+            if post.calls_before <= next_call:
+                store64(&inbox.head, inbox.head + 1)
+            pthread_mutex_unlock(&inbox.lock)
+            if post.calls_before <= next_call:
                 try:
                     post.function(loop, post.arg)
                 except Exception:
-                    _report(loop, None)
+                    _report_exception(loop, None)
                 continue
         if queue.head >= last:
             return 0
-        call = take(queue.ring, <Py_ssize_t>(queue.head & queue.mask))
+        called = list_take(queue.ring, <Py_ssize_t>(queue.head & queue.mask))
         queue.head += 1
-        _invoke(loop, call)
+        _run_call(loop, called)
 
 
 cdef int _run_timeouts(IOLoop loop) except -1:
-    """Step 2: what is due at one sample of the clock."""
+    """Step 2, the pass: the timeouts that are due at one reading of the clock."""
     cdef _Timers timers = loop.timers
-    cdef object call
-    cdef int64_t now = _now(timers)
+    cdef int64_t now = timers.now()
     if timers.count == 0 or timers.heap[0].deadline > now:
         return 0
-    timers.pass_time = now
-    timers.passing = True
+    timers.pass_time, timers.passing = now, True
     try:
         while timers.count and timers.heap[0].deadline <= now:
-            call = _release(timers, _extract(timers, 0))
-            timers.fired += 1
-            if type(call) is _Timer:
+            called = timers.release(timers.extract(0))
+            timers.count_run += 1
+            if type(called) is _CTimer:
                 try:
-                    (<_Timer>call).function(loop, (<_Timer>call).arg)
+                    (<_CTimer>called).function(loop, (<_CTimer>called).arg)
                 except Exception:
-                    _report(loop, (<_Timer>call).owner)
+                    _report_exception(loop, (<_CTimer>called).owner)
             else:
-                _invoke(loop, call)
-            call = None  # whose destructor may cancel the next one
+                _run_call(loop, called)
+            called = None  # its destructor may cancel the next one
     finally:
         timers.passing = False
-        _add_late(timers)
+        timers.add_deferred()
 
 
-cdef int64_t _time_to_wait(IOLoop loop, int64_t limit) except -2:
-    """How long to sleep: 0, nanoseconds, or FOREVER."""
-    cdef _Timers timers = loop.timers
-    if limit and timers.count and timers.heap[0].deadline != INT64_MAX:
-        limit = min(limit, max(0, later(timers.heap[0].deadline, -_now(timers))))
-    return FOREVER if limit == INT64_MAX else limit
-
-
-cdef int _poll_events(IOLoop loop, int64_t limit) except -1:
-    """Step 4: the number of events now in the poller's array."""
+cdef int _run_poll(IOLoop loop, int64_t limit) except -1:
+    """Step 4: collect events; return how many are in the poller's array."""
     cdef _Poller poller = loop.poller
-    cdef int64_t wait = 0, tick
-    cdef uint64_t ran
+    cdef int64_t wait = 0, coarse_time
+    cdef uint64_t calls
     cdef int n = 0
-    _check_open(loop)  # a callback may have forked, and its child have closed it
-    if poller.kept:
-        n, poller.kept = poller.kept, 0
+    _loop_check_open(loop)  # a callback may have forked, and its child have closed it
+    if poller.undelivered:
+        n, poller.undelivered = poller.undelivered, 0
         return n
-    if not _is_awake(loop):
-        wait = _time_to_wait(loop, limit)
+    if not _run_has_work(loop):
+        wait = loop.timers.time_left(limit)
     elif not poller.foreign:
-        ran, tick = _count_run(loop.queue), _read_clock(CLOCK_COARSE)
-        if ran - loop.polled < CALLBACKS_PER_POLL and tick == loop.tick:
+        calls, coarse_time = loop.queue.count_run(), read_clock(CLOCK_COARSE)
+        if (calls - loop.calls_at_poll < CALLBACKS_PER_POLL
+                and coarse_time == loop.coarse_time):
             return 0
-        loop.polled, loop.tick = ran, tick
+        loop.calls_at_poll, loop.coarse_time = calls, coarse_time
     store64(&loop.polls, loop.polls + 1)
     if wait == 0 or loop.eager:
-        if loop.held >= SHARE:
-            loop.held = 0
-            _share()  # which may raise: nothing has been collected yet
+        if loop.since_offer >= EVENTS_PER_OFFER:
+            loop.since_offer = 0
+            _run_offer_gil()  # may raise, so before anything is collected
         n = poller.wait(0)
-        loop.held += 1 + n
+        loop.since_offer += 1 + n
         loop.eager = n > 0 and not poller.foreign
     if n == 0 and wait != 0:
-        n = _sleep(loop, wait)
+        n = _run_sleep(loop, wait)
     loop.table.batch += 1
     try:
-        _check_signals(loop)
+        _run_check_signals(loop)
     except BaseException:
-        _keep_events(loop, 0, n)
+        _run_keep_events(loop, 0, n)
         raise
     return n
 
 
-cdef int _sleep(IOLoop loop, int64_t wait) except -1:
-    """Poll without the GIL, and keep the accounts of how long."""
-    cdef int *asleep = &loop.queue.door.asleep
-    cdef int64_t before = monotonic(), now = before, left = wait, slack
+cdef int _run_sleep(IOLoop loop, int64_t wait) except -1:
+    """Poll without the GIL, and count how long."""
+    cdef int *asleep = &loop.queue.inbox.asleep
+    cdef int64_t before = read_clock(), now = before, left = wait, slack
     cdef bint native = not loop.poller.foreign
     cdef int n = 0
-    _note_busy(loop, before)
-    _shrink_queue(loop.queue)
-    # First the flag, then another look at the queue: whoever adds does it the
-    # other way round, so one of the two sees the other.
+    _run_count_busy(loop, before)
+    loop.queue.shrink()
+    # First the flag, then another look at the queue: a thread that adds something
+    # does it the other way round, so one of the two sees the other.
     store(asleep, 1)
     fence()
     try:
         while True:
-            _check_signals(loop)  # those that came before the pipe told of them
-            if _keep_wakeup_fd(loop):
-                _check_signals(loop)  # and those that came while another one was set
-            # Linux sleeps longer by the thread's timer slack, or by 0.1 %.  Should it
-            # not, then the rest is slept in a second poll.
-            left = min(left, LONGEST * <int64_t>SECOND) if native else left
+            _run_check_signals(loop)  # that came before our pipe was the wakeup fd,
+            if loop.has_wakeup_fd and _wakeup_take(loop):
+                _run_check_signals(loop)  # or while another one was
+            # Linux sleeps longer by the thread's timer slack, or by 0.1 %.  If it does
+            # not, a second poll sleeps the rest.
+            left = min(left, LONGEST_SLEEP * <int64_t>SECOND) if native else left
             slack = max(SLACK, left // 1000) if HAVE_EPOLL and native else left
-            left = 0 if _is_awake(loop) else left - slack if left > slack else left
+            left = 0 if _run_has_work(loop) else left - slack if left > slack else left
             n = loop.poller.wait(left)
-            now = monotonic()
+            now = read_clock()
             if not loop.poller.interrupted:
                 break
             left = wait if wait == FOREVER else max(0, wait - (now - before))
     finally:
         store(asleep, 0)
-        if loop.watcher is not None:
-            _unpark_watcher(loop.watcher)
+        if loop.watchdog is not None:
+            loop.watchdog.unpark()
         loop.woken = now
-        loop.asleep += now - before
-    loop.eager = n > 0 and now - before < EAGER and native
+        loop.slept += now - before
+    loop.eager = n > 0 and now - before < AT_ONCE and native
     return n
-
-
-cdef inline void _note_busy(IOLoop loop, int64_t now) noexcept:
-    """It has been awake until now."""
-    if loop.woken:
-        loop.longest_busy = max(loop.longest_busy, now - loop.woken)
-    loop.woken = 0
-
-
-cdef inline int _check_signals(IOLoop loop) except -1:
-    """Run the handlers of signals; in the child that one forked, the loop ends."""
-    PyErr_CheckSignals()
-    return _check_open(loop)
-
-
-cdef inline bint _is_awake(IOLoop loop) noexcept:
-    """Tell whether there is something to do already."""
-    return loop.stopping or _pending(loop.queue)
 
 
 cdef int _run_handlers(IOLoop loop, int n) except -1:
     """Step 5: deliver `n` events, each to the registration that it is for."""
     cdef _Table table = loop.table
     cdef _Poller poller = loop.poller
-    cdef _Ready *ready
-    cdef _Slot *slot
-    cdef _Handler handler
     cdef uint32_t events
     cdef bint stray = False
     cdef int i = 0
-    if table.batch % BATCHES_PER_LOOK == 0:
-        # Now and then, see whether an fd that has events is still open.
-        ready = &poller.ready[(table.batch // BATCHES_PER_LOOK) % n]
-        stray = fcntl(ready.fd, F_GETFD) == -1 and _slot(table, ready.fd) != NULL
+    if table.batch % BATCHES_PER_CHECK == 0:
+        # Now and then, check whether an fd that has events is still open.
+        ready = &poller.ready[(table.batch // BATCHES_PER_CHECK) % n]
+        stray = fcntl(ready.fd, F_GETFD) == -1 and table.slot(ready.fd) != NULL
     loop.events += n
     try:
         while i < n:
@@ -1351,640 +1218,464 @@ cdef int _run_handlers(IOLoop loop, int n) except -1:
                 continue
             slot = &table.slots[ready.fd]
             if slot.generation != ready.generation or slot.generation == 0:
-                # Removed by a handler of this batch, or unknown from the start?
-                stray |= slot.ended != table.batch
+                # A stale event if its registration ended in this batch; one that ended
+                # before can have no event: this one is stray.
+                stray |= slot.changed_in != table.batch
                 continue
             events = ready.events & (slot.events | ERROR)
             if not events or not slot.events or slot.muted:
                 continue
             slot.muted = slot.events & ONESHOT and poller.oneshot
+            handler = <_Handler>list_peek(table.handlers, ready.fd)
             if slot.function != NULL:
-                _run_c_handler(loop, ready.fd, slot, events)
-                continue
-            handler = <_Handler>peek(table.handlers, ready.fd)
-            if handler.pending is None or not _pause_handler(loop, handler):
+                try:
+                    slot.function(loop, ready.fd, events, slot.arg)
+                except Exception as error:
+                    if not _run_has_lost_peer(handler.number, error):
+                        _report_exception(loop, handler.callback)
+            else:
                 _run_handler(loop, handler, events)
-            handler = None  # whose destructor may remove the next one
+            handler = None  # its destructor may remove the next one
     except BaseException:
-        _keep_events(loop, i, n)
+        _run_keep_events(loop, i, n)
         raise
     if stray and loop.opened and not loop.forked:
-        _renew_poller(loop)
+        _run_rebuild_poller(loop)
 
 
 cdef int _run_handler(IOLoop loop, _Handler handler, uint32_t events) except -1:
-    cdef object fd = handler.file, callback = handler.callback, mask = events
-    cdef PyObject *context = _enter_context(loop, handler.context)
+    cdef object mask = events
+    cdef PyObject *context = <PyObject *>(
+        loop.empty_context if handler.context is None else handler.context)
     try:
-        _settle(loop, callback, call2(
-            <PyObject *>callback, <PyObject *>fd, <PyObject *>mask), handler)
+        _run_result(loop, context, handler.callback, call2(
+            context, <PyObject *>handler.callback, <PyObject *>handler.file,
+            <PyObject *>mask), handler)
     finally:
-        exit_context(context)
-        if handler.context is None and not is_blank(context):
+        if handler.context is None and not is_unused(context):
             # What a handler sets in its context is there when it is called again.
-            handler.context, loop.blank = loop.blank, new_context()
+            handler.context, loop.empty_context = loop.empty_context, Context()
 
 
-cdef int _run_c_handler(IOLoop loop, int fd, _Slot *slot, uint32_t events) except -1:
-    # The slots may move and the owner may go while the handler runs.
-    cdef object owner = (<_Handler>peek(loop.table.handlers, fd)).callback
-    try:
-        slot.function(loop, fd, events, slot.arg)
-    except Exception as error:
-        if not _has_lost_peer(fd, error):
-            _report(loop, owner)
-
-
-# Below: what the steps share.
-
-cdef int _invoke(IOLoop loop, object call) except -1:
-    """Run a call of a user in its context."""
-    cdef object callback = call, context = None
+cdef int _run_call(IOLoop loop, object called) except -1:
+    """Run a callback or timeout of Python's in its context."""
+    cdef object callback = called, context = None
     cdef PyObject *entered
-    if type(call) is _Call:
-        callback, context = (<_Call>call).callback, (<_Call>call).context
-    entered = _enter_context(loop, context)
+    cdef PyObject *result
+    if type(called) is _Call:
+        callback, context = (<_Call>called).callback, (<_Call>called).context
+    entered = <PyObject *>(loop.empty_context if context is None else context)
+    if type(called) is _Call:
+        result = call(entered, <PyObject *>callback, <PyObject *>(<_Call>called).args,
+                      <PyObject *>(<_Call>called).kwargs)
+    else:
+        result = call0(entered, <PyObject *>callback)
     try:
-        if type(call) is _Call:
-            _settle(loop, callback, call_with(
-                <PyObject *>callback, <PyObject *>(<_Call>call).args,
-                <PyObject *>(<_Call>call).kwargs), None)
-        else:
-            _settle(loop, callback, call0(<PyObject *>callback), None)
+        _run_result(loop, entered, callback, result, None)
     finally:
-        exit_context(entered)
-        if context is None and not is_blank(entered):
-            loop.blank = new_context()
+        if context is None and not is_unused(entered):
+            loop.empty_context = Context()
 
 
-cdef inline PyObject *_enter_context(IOLoop loop, object context) except NULL:
-    cdef PyObject *entered = <PyObject *>(loop.blank if context is None else context)
-    enter_context(entered)
-    return entered
-
-
-cdef inline int _settle(IOLoop loop, object callback, PyObject *result,
-                        _Handler handler) except -1:
+cdef inline int _run_result(IOLoop loop, PyObject *context, object callback,
+                            PyObject *result, _Handler handler) except -1:
     """Deal with what a callable, maybe a handler, returned, or raised (NULL)."""
     if result == <PyObject *>None:
-        Py_XDECREF(result)  # the quick way
+        Py_XDECREF(result)
     else:
-        _finish_call(loop, callback, result, handler)
+        _run_unusual_result(loop, context, callback, result, handler)
 
 
-cdef int _finish_call(IOLoop loop, object callback, PyObject *result,
-                      _Handler handler) except -1:
-    """Report an exception; drive a coroutine to its end, as a future."""
-    cdef object future
+cdef int _run_unusual_result(IOLoop loop, PyObject *context, object callback,
+                             PyObject *result, _Handler handler) except -1:
+    """Report an exception; follow a coroutine or future to its end."""
     try:
         if result == NULL:
             raise_pending()
-        future = _as_future(loop, <object>result)
-        if future is not None:
-            future.add_done_callback(partial(
-                _relay, loop, partial(_conclude, loop, callback, future, handler),
-                capture_context()))
-            if handler is not None:
-                handler.pending = future
+        if type(<object>result) not in _plain_types:
+            value = <object>result
+            (<object>context).run(_future_follow, loop, callback, value, handler)
     except Exception as error:  # KeyboardInterrupt and its like leave start()
-        if handler is None or not _has_lost_peer(handler.number, error):
-            _report(loop, callback)
+        if handler is None or not _run_has_lost_peer(handler.number, error):
+            (<object>context).run(_report_exception, loop, callback)
     finally:
         Py_XDECREF(result)
 
 
-cdef bint _has_lost_peer(int fd, object error) except -1:
-    """Tell whether a handler's EPIPE is of its own fd, of which an event tells too."""
-    cdef pollfd query
+cdef bint _run_has_lost_peer(int fd, object error) except -1:
+    """Return whether EPIPE is for the handler's own fd, which gets an event as well."""
     if not isinstance(error, OSError) or error.errno != EPIPE:
         return False
-    query.fd, query.events = fd, 0
+    query = pollfd(fd=fd, events=0, revents=0)
     return poll_now(&query, 1, 0) == 1 and query.revents & (POLLERR | POLLHUP)
 
 
-cdef int _report(IOLoop loop, object callback) except -1:
+# Any Python function hands the GIL to a thread that has waited for it for a switch
+# interval.  Just releasing the GIL doesn't help: the waiter wakes up too late, and
+# starts another full interval.
+_run_offer_gil = eval("lambda: None")
+
+
+cdef inline void _run_count_busy(IOLoop loop, int64_t now) noexcept:
+    if loop.woken:
+        loop.longest_busy = max(loop.longest_busy, now - loop.woken)
+    loop.woken = 0
+
+
+cdef inline int _run_check_signals(IOLoop loop) except -1:
+    """Run the handlers of signals; in a child that one forked, the run ends."""
+    PyErr_CheckSignals()
+    return _loop_check_open(loop)
+
+
+cdef inline bint _run_has_work(IOLoop loop) noexcept:
+    """Return whether there is something to do without polling."""
+    return loop.stopping or loop.queue.count_pending()
+
+
+cdef int _run_keep_events(IOLoop loop, int first, int n) except -1:
+    """Keep undelivered events that the poller would not report again."""
+    cdef _Poller poller = loop.poller
+    cdef int i
+    poller.undelivered = 0
+    for i in range(first, n):
+        slot = loop.table.slot(poller.ready[i].fd)
+        if slot != NULL and (poller.foreign or slot.events & (EDGE | ONESHOT)):
+            poller.ready[poller.undelivered] = poller.ready[i]
+            poller.undelivered += 1
+
+
+cdef int _run_rebuild_poller(IOLoop loop) except -1:
+    """Get rid of strays by building a new set, at most ten times a second.
+
+    They are in an epoll set if an fd was closed before it was removed, while a
+    duplicate of it lives on.
+    """
+    cdef int64_t now = read_clock()
+    cdef int fd
+    if loop.poller.foreign or (loop.rebuilt and now - loop.rebuilt < SECOND // 10):
+        return 0
+    loop.rebuilt = now
+    for fd in range(<int>loop.table.size):
+        if loop.table.slot(fd) != NULL:
+            loop.table.slots[fd].lost = loop.poller.has_lost(fd)
+    try:
+        loop.poller.rebuild(loop.table)
+    except OSError:
+        return 0  # the old set is still there, and will report the stray again
+    try:
+        logger().warning(
+            "a file descriptor was closed before remove_handler() while a duplicate of "
+            "it is open; the poller was rebuilt without it")
+    except Exception as error:
+        _report_unraisable(loop, error)
+
+
+def _report_exception(IOLoop loop not None, callback):
     """Give the exception being handled to the hook, or both to sys.unraisablehook."""
-    cdef object error = sys.exc_info()[1], failure = None
+    error, failure = sys.exc_info()[1], None
     try:
         loop.handle_callback_exception(callback)
     except Exception as raised:
         failure = raised
     if failure is not None:
-        _unraisable(callback, error)
-        _unraisable(callback, failure)
+        _report_unraisable(callback, error)
+        _report_unraisable(callback, failure)
 
 
-cdef void _unraisable(object where, object error) noexcept:
+cdef void _report_unraisable(object where, object error) noexcept:
     PyErr_SetObject(type(error), error)
     PyErr_WriteUnraisable(where)
 
 
-# -- Coroutines and futures ----------------------------------------------------
-
-_generator = type(eval("(_ for _ in ())"))
-_plain = frozenset((bool, bytes, dict, float, int, list, str, tuple))  # the quick way
-
-
-cdef object _as_future(IOLoop loop, object result):
-    """A future for `result`, or None if it is a plain value."""
-    if type(result) in _plain:
-        return None
-    if has(result, "add_done_callback"):
-        return result
-    if has(result, "__await__"):
-        return _Task(loop, result.__await__())
-    # 0x100: inspect's flag of what types.coroutine() made
-    if type(result) is _generator and result.gi_code.co_flags & 0x100:
-        return _Task(loop, result)
-    return None
-
-
-def _steps(iterator):
-    # A plain iterator has no send() and throw().
-    return (yield from iterator)
-
-
-def _relay(IOLoop loop not None, callback, context, future):
-    """Queue what waits for a future that is done, unless nobody does any more."""
-    if loop.opened:
-        _push(loop.queue, make_call(callback, (future,), None, context))
-
-
-def _conclude(IOLoop loop not None, callback, awaited, _Handler handler, future):
-    """Report the exception of a future that a callable returned."""
-    try:
-        if not (has(future, "cancelled") and future.cancelled()):
-            future.result()
-    except Exception:
-        _report(loop, callback)
-    finally:
-        if handler is not None and handler.pending is awaited:
-            handler.pending = None
-            if handler.paused:
-                _resume_handler(loop, handler)
-
-
-@cython.final
-cdef class _Task:
-    """A coroutine on its way, and the future of its result.
-
-    It may await whatever yields None, to go on in the next iteration, or a
-    future, to go on when that is done; each step runs in the same context.
-    """
-
-    cdef object __weakref__
-    cdef IOLoop loop
-    cdef object steps, value, error, context
-    cdef uint64_t waits         # the number of this wait
-    cdef bint finished, dropped
-    cdef list callbacks
-
-    def __cinit__(self, IOLoop loop not None, steps):
-        self.loop = loop
-        self.steps = steps if hasattr(steps, "send") else _steps(steps)
-        self.context = capture_context() or new_context()
-        self.callbacks = []
-        _push(loop.queue, make_call(self, None, None, self.context))
-
-    def __call__(self, future=None, error=None):
-        """Go on, with the result of the future that was awaited, or an error."""
-        if self.finished:
-            return
-        try:
-            if error is not None:
-                awaited = self.steps.throw(error)
-            elif future is None:
-                awaited = self.steps.send(None)
-            else:
-                awaited = self._resume(future)
-        except StopIteration as stop:
-            self._finish(stop.value, None)
-        except Exception as error:
-            self._finish(None, error)
-        except BaseException:
-            self.dropped = True  # it is reported once, by leaving start()
-            self._finish(None, None)
-            raise
-        else:
-            self._wait_for(self.waits, awaited)
-
-    def _wake(self, wait, future, error=None):
-        if wait == self.waits:  # else it went on, and has been told twice
-            self.waits += 1
-            self(future, error)
-
-    def _resume(self, future):
-        try:
-            value = future.result()
-        except BaseException as error:
-            return self.steps.throw(error)
-        return self.steps.send(value)
-
-    def _wait_for(self, wait, awaited):
-        if awaited is None:
-            _push(self.loop.queue, make_call(self, None, None, self.context))
-            return
-        if wait != self.waits:
-            return
-        wake = partial(self._wake, wait)
-        try:
-            if not has(awaited, "add_done_callback"):
-                raise TypeError(f"a coroutine on an IOLoop can't await {awaited!r}")
-            awaited.add_done_callback(partial(_relay, self.loop, wake, self.context))
-        except Exception as error:
-            _push(self.loop.queue,
-                  make_call(wake, (None, error), None, self.context))
-        except BaseException:
-            # Nobody knows whether it was added: try again.
-            _push(self.loop.queue,
-                  make_call(self._wait_for, (wait, awaited), None, self.context))
-            raise
-
-    def _finish(self, value, error):
-        self.finished, self.value, self.error = True, value, error
-        callbacks, self.callbacks = self.callbacks, None
-        for callback in callbacks:
-            callback(self)
-
-    def add_done_callback(self, callback):
-        """Call `callback(self)` once the coroutine has ended."""
-        if self.finished:
-            callback(self)
-        else:
-            self.callbacks.append(callback)
-
-    def done(self):
-        """Tell whether the coroutine has ended."""
-        return self.finished
-
-    def cancel(self):
-        """Close the coroutine, if it has not ended."""
-        if not self.finished:
-            self.finished = self.dropped = True
-            self.callbacks = None
-            self.steps.close()
-
-    def cancelled(self):
-        """Tell whether it was closed, or ended by what is no Exception."""
-        return self.dropped
-
-    def result(self):
-        """Return what the coroutine returned, or raise what it raised."""
-        if self.error is not None:
-            raise self.error
-        return self.value
-
-
-@cython.final
-@cython.internal
-cdef class _Sync:
-    """One call of run_sync."""
-
-    cdef IOLoop loop
-    cdef object func, future, value, error
-    cdef bint begun, done, expired, over
-
-    def __cinit__(self, IOLoop loop not None, func):
-        self.loop, self.func = loop, func
-
-    def run(self):
-        if self.over:
-            return
-        self.begun = True
-        try:
-            self.value = self.func()
-            self.future = _as_future(self.loop, self.value)
-            if self.future is not None:
-                return self.loop.add_future(self.future, self.finish)
-        except Exception as error:
-            self.error = error
-        self.done = True
-        self.loop.stop()
-
-    def finish(self, future):
-        if self.over:
-            return
-        try:
-            self.value = future.result()
-        except Exception as error:
-            self.error = error
-        self.done = True
-        self.loop.stop()
-
-    def expire(self):
-        self.expired = True
-        self.loop.stop()
-
-    def give_up(self):
-        self.over = True
-        try:
-            if has(self.future, "cancel"):
-                self.future.cancel()
-        except Exception:
-            _report(self.loop, self.func)
-
-    def outcome(self, timeout):
-        if self.error is not None:
-            raise self.error
-        if self.done:
-            return self.value
-        self.give_up()
-        if self.expired:
-            raise TimeoutError(f"no result after {timeout} seconds")
-        raise RuntimeError("IOLoop was stopped before the function was done")
-
-
-cdef object _run_sync(IOLoop loop, object func, object timeout):
-    cdef _Sync call = _Sync(loop, func)
-    cdef object handle = None
-    cdef object queued = make_call(call.run, None, None, capture_context())
-    try:
-        if timeout is not None:
-            handle = loop.call_later(timeout, call.expire)
-        _push(loop.queue, queued)
-        loop.start()
-    except BaseException:
-        call.give_up()
-        raise
-    finally:
-        if not call.begun:
-            _take_back(loop.queue, queued)
-        if handle is not None and loop.opened:
-            loop.remove_timeout(handle)
-    return call.outcome(timeout)
-
-
-# -- Callback queue ------------------------------------------------------------
-#
+# -- Queue ---------------------------------------------------------------------
 # Python's callbacks are in a ring of calls.  A call is the callable itself, or a
-# _Call where it has arguments or a context.  The ring is a list, so that the
-# garbage collector sees what is in it.
+# _Call if it has arguments or a context.  The ring is a list, so that the garbage
+# collector sees what is in it.
 #
-# What other threads need without the GIL is the door: their own queue of C
-# callbacks, and the doorbell, a pipe that wakes the loop.  A C callback carries
-# the number of Python callbacks queued before it, which puts the two in order.
+# Whatever other threads need without the GIL is in the inbox: the ring of C's
+# callbacks, called posts, and the waker's pipe.  A post carries the number of
+# Python callbacks queued before it, which puts the two in order.
 #
-# No Python code can run while the ring changes or the door's lock is held:
-# whatever allocates or drops a reference does it before or after.
+# No Python code can run while a ring changes or the inbox's lock is held:
+# whatever allocates or drops a reference does so before or after.
+
+cdef extern from *:
+    r"""
+    /* Memory shared with threads that do not hold the GIL.  A store followed by a load
+       needs a fence between them when another thread does the opposite. */
+    #define ioloop_load(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
+    #define ioloop_store(p, value) __atomic_store_n(p, value, __ATOMIC_RELEASE)
+    #define ioloop_swap(p, value) __atomic_exchange_n(p, value, __ATOMIC_SEQ_CST)
+    #define ioloop_fence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
+
+    /* A list used as an array of references that the garbage collector sees.
+       `peek` borrows, `set` moves a reference over one that has moved away,
+       `put` replaces a None, `take` leaves a None. */
+    #ifdef Py_LIMITED_API
+    #  define ioloop_list_peek(list, i) PyList_GetItem(list, i)
+    static inline void ioloop_list_set(PyObject *list, Py_ssize_t i, PyObject *item) {
+        Py_XINCREF(PyList_GetItem(list, i));
+        PyList_SetItem(list, i, item);
+    }
+    #else
+    #  define ioloop_list_peek(list, i) PyList_GET_ITEM(list, i)
+    #  define ioloop_list_set(list, i, item) PyList_SET_ITEM(list, i, item)
+    #endif
+    static inline void ioloop_list_put(PyObject *list, Py_ssize_t i, PyObject *item) {
+        Py_INCREF(item);
+        ioloop_list_set(list, i, item);
+        Py_DECREF(Py_None);
+    }
+    static inline PyObject *ioloop_list_take(PyObject *list, Py_ssize_t i) {
+        PyObject *item = ioloop_list_peek(list, i);
+        Py_INCREF(Py_None);
+        ioloop_list_set(list, i, Py_None);
+        return item;
+    }
+    """
+    int load "ioloop_load"(int *p) nogil
+    uint64_t load64 "ioloop_load"(uint64_t *p) nogil
+    void store "ioloop_store"(int *p, int value) nogil
+    void store64 "ioloop_store"(uint64_t *p, uint64_t value) nogil
+    int swap "ioloop_swap"(int *p, int value) nogil
+    void fence "ioloop_fence"() nogil
+
+    PyObject *list_peek "ioloop_list_peek"(list items, Py_ssize_t i)
+    void list_put "ioloop_list_put"(list items, Py_ssize_t i, object item)
+    object list_take "ioloop_list_take"(list items, Py_ssize_t i)
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_mutex_t:
+        pass
+    int pthread_mutex_init(pthread_mutex_t *, void *)
+    int pthread_mutex_destroy(pthread_mutex_t *)
+    int pthread_mutex_lock(pthread_mutex_t *)
+    int pthread_mutex_unlock(pthread_mutex_t *)
+    int pthread_sigmask(int how, const sigset_t *new, sigset_t *old)
+    int pthread_atfork(void (*before)() noexcept nogil, void (*parent)() noexcept nogil,
+                       void (*child)() noexcept nogil)
 
 cdef struct _Post:
     ioloop_callback_v1 function
     void *arg
-    uint64_t after          # how many of Python's callbacks go first
+    uint64_t calls_before   # how many of Python's callbacks go first
 
-cdef struct _Door:
-    pthread_mutex_t lock    # in the list of those that a fork takes
-    _Door *next
+cdef struct _Inbox:
+    pthread_mutex_t lock    # of posts, writer and closed; a fork takes it, too
+    _Inbox *next            # in the list of them
     _Post *posts            # a ring
     uint64_t head, tail, capacity
-    uint64_t queued         # Python's callbacks so far
-    int reader, writer      # the doorbell
-    int asleep              # the loop waits or is about to
-    int rung                # and somebody has rung
+    uint64_t calls          # Python's callbacks so far
+    int reader, writer      # the waker's pipe
+    int asleep              # the loop sleeps or is about to,
+    int signalled           # and the pipe has a byte that will wake it
     int closed
 
 cdef enum:
-    RING = 64               # callbacks that fit from the start
-    SPACIOUS = 1024         # callbacks, or timeouts, for which there may be room
+    SMALL_RING = 64         # callbacks that fit from the start
+    LARGE = 1024            # callbacks or timeouts; capacity above is given back
 
 
 @cython.final
-@cython.internal
 cdef class _Queue:
-    """Callbacks in order, and the doorbell that says that there are some."""
-
     cdef list ring
-    cdef uint64_t head, tail, mask      # of callbacks: taken, added, room - 1
-    cdef _Door *door
+    cdef uint64_t head, tail, mask      # callbacks taken, added; the capacity - 1
+    cdef _Inbox box
+    cdef _Inbox *inbox                  # that one
 
     def __cinit__(self):
-        self.ring = [None] * RING
-        self.mask = RING - 1
-        self.door = <_Door *>calloc(1, sizeof(_Door))
-        if self.door == NULL:
-            raise MemoryError
-        self.door.reader = self.door.writer = -1
-        pthread_mutex_init(&self.door.lock, NULL)
-        _list_door(self.door, True)
-        _open_door(self.door)
+        self.ring = [None] * SMALL_RING
+        self.mask = SMALL_RING - 1
+        self.inbox = &self.box
+        self.inbox.reader = self.inbox.writer = -1
+        pthread_mutex_init(&self.inbox.lock, NULL)
+        _fork_list(self.inbox, True)
+        _waker_open(self.inbox)
 
     def __dealloc__(self):
-        if self.door != NULL:
-            _close_door(self.door)
-            _list_door(self.door, False)
-            pthread_mutex_destroy(&self.door.lock)
-            free(self.door.posts)
-            free(self.door)
+        if self.inbox != NULL:
+            _inbox_close(self.inbox)
+            _fork_list(self.inbox, False)
+            pthread_mutex_destroy(&self.inbox.lock)
+            free(self.inbox.posts)
+
+    cdef inline int push(self, object called) except -1:
+        """Queue a call; wake the loop if it sleeps."""
+        while self.tail - self.head > self.mask:
+            self.resize(2 * (self.mask + 1))
+        list_put(self.ring, <Py_ssize_t>(self.tail & self.mask), called)
+        self.tail += 1
+        store64(&self.inbox.calls, self.tail)
+        if load(&self.inbox.asleep):
+            try:
+                _waker_wake(self)
+            except OSError:
+                self.take_back(called)
+                raise
+
+    cdef int take_back(self, object called) except -1:
+        """Undo the last push, if it is of this call, whose caller gets an error."""
+        cdef Py_ssize_t last = <Py_ssize_t>((self.tail - 1) & self.mask)
+        if self.tail > self.head and list_peek(self.ring, last) == <PyObject *>called:
+            self.tail -= 1
+            list_take(self.ring, last)
+
+    cdef int resize(self, uint64_t capacity) except -1:
+        """Move to a ring for so many calls, a power of two, if they fit."""
+        # The allocation may collect garbage, and that may queue callbacks.
+        cdef list ring = [None] * <Py_ssize_t>capacity, old
+        cdef uint64_t n
+        old, n = self.ring, self.head
+        if self.tail - n <= capacity:
+            while n != self.tail:
+                list_put(ring, <Py_ssize_t>(n & (capacity - 1)),
+                         list_take(old, <Py_ssize_t>(n & self.mask)))
+                n += 1
+            self.ring, self.mask = ring, capacity - 1
+
+    cdef int shrink(self) except -1:
+        """After a burst: give back half of a large ring that is hardly used."""
+        if self.mask >= LARGE and self.tail - self.head < self.mask // 8:
+            try:
+                self.resize((self.mask + 1) // 2)
+            except MemoryError:
+                pass
+
+    cdef inline uint64_t count_run(self) noexcept:
+        return self.head + load64(&self.inbox.head)
+
+    cdef inline uint64_t count_pending(self) noexcept:
+        return (self.tail - self.head) + (load64(&self.inbox.tail) - self.inbox.head)
 
 
 @cython.final
-@cython.internal
 cdef class _Call:
-    """A callable, with what it is called with and in."""
-
     cdef object callback, context
     cdef tuple args
     cdef dict kwargs
 
 
 cdef inline object make_call(object callback, object args, dict kwargs, object context):
-    """A call; None for arguments or a context that it has not."""
-    cdef _Call call
+    """A call; None stands for no arguments and for an empty context."""
+    cdef _Call made
     if args is None and context is None and not kwargs:
         return callback
-    call = _Call.__new__(_Call)
-    call.callback, call.context, call.kwargs = callback, context, kwargs or None
-    call.args = () if args is None else <tuple>args
-    return call
+    made = _Call.__new__(_Call)
+    made.callback, made.context, made.kwargs = callback, context, kwargs or None
+    made.args = () if args is None else <tuple>args
+    return made
 
 
-cdef inline int _queue_call(IOLoop loop, object callback, object args, dict kwargs,
-                            object context) except -1:
-    _check_open(loop)
+cdef inline object capture_context():
+    """A copy of the current context; None for an empty one, which costs nothing."""
+    if LIMITED_API:
+        context = copy_context()
+        return context if len(context) else None
+    return copy_if_set()
+
+
+cdef inline int _queue_add(IOLoop loop, object callback, object args, dict kwargs,
+                           object context) except -1:
+    _loop_check_open(loop)
     require_callable(callback)
-    return _push(loop.queue, make_call(callback, args, kwargs, context))
+    return loop.queue.push(make_call(callback, args, kwargs, context))
 
 
-cdef inline uint64_t _count_run(_Queue queue) noexcept:
-    return queue.head + load64(&queue.door.head)
-
-
-cdef inline uint64_t _pending(_Queue queue) noexcept:
-    return (queue.tail - queue.head) + (load64(&queue.door.tail) - queue.door.head)
-
-
-cdef inline int _push(_Queue queue, object call) except -1:
-    """Queue a call; wake the loop if it sleeps."""
-    while queue.tail - queue.head > queue.mask:
-        _resize_ring(queue, 2 * (queue.mask + 1))
-    put(queue.ring, <Py_ssize_t>(queue.tail & queue.mask), call)
-    queue.tail += 1
-    store64(&queue.door.queued, queue.tail)
-    if load(&queue.door.asleep):
-        try:
-            _wake(queue)
-        except OSError:
-            _take_back(queue, call)
-            raise
-
-
-cdef int _take_back(_Queue queue, object call) except -1:
-    """Undo the last _push: the caller is told that it failed."""
-    cdef Py_ssize_t last
-    last = <Py_ssize_t>((queue.tail - 1) & queue.mask)
-    if queue.tail > queue.head and peek(queue.ring, last) == <PyObject *>call:
-        queue.tail -= 1
-        take(queue.ring, last)
-
-
-cdef int _resize_ring(_Queue queue, uint64_t room) except -1:
-    """Give the ring room for so many calls, a power of two."""
-    # The allocation may collect garbage, and that may queue callbacks.
-    cdef list ring = [None] * <Py_ssize_t>room, old
-    cdef uint64_t n
-    old, n = queue.ring, queue.head
-    if queue.tail - n <= room:
-        while n != queue.tail:
-            put(ring, <Py_ssize_t>(n & (room - 1)),
-                take(old, <Py_ssize_t>(n & queue.mask)))
-            n += 1
-        queue.ring, queue.mask = ring, room - 1
-
-
-cdef inline int _shrink_queue(_Queue queue) except -1:
-    """Give half of the ring back, if it is large and hardly used."""
-    if queue.mask >= SPACIOUS and queue.tail - queue.head < queue.mask // 8:
-        try:
-            _resize_ring(queue, (queue.mask + 1) // 2)
-        except MemoryError:
-            pass
-
-
-cdef int c_post(ioloop_door_v1 *opaque, ioloop_callback_v1 function,
-                void *arg) noexcept nogil:
-    """Queue a C callback; 0 or an errno."""
-    cdef _Door *door = <_Door *>opaque
-    cdef int error = 0
-    cdef _Post *slot
-    cdef uint64_t number = 0
-    if function == NULL:
-        return EINVAL
-    pthread_mutex_lock(&door.lock)
-    if door.closed:
-        error = ESHUTDOWN
-    elif door.tail - door.head == door.capacity and not _grow_posts(door):
-        error = ENOMEM
-    else:
-        slot = &door.posts[door.tail & (door.capacity - 1)]
-        slot.function, slot.arg, slot.after = function, arg, load64(&door.queued)
-        number = door.tail
-        store64(&door.tail, number + 1)
-    pthread_mutex_unlock(&door.lock)
-    if error:
-        return error
-    fence()
-    error = _ring(door)
-    if error:
-        pthread_mutex_lock(&door.lock)
-        if door.tail == number + 1 and door.head <= number:
-            store64(&door.tail, number)
-        pthread_mutex_unlock(&door.lock)
-    return error
-
-
-cdef bint _grow_posts(_Door *door) noexcept nogil:
-    cdef uint64_t room = 2 * door.capacity if door.capacity else 64
-    cdef uint64_t n = door.head
-    cdef _Post *posts = <_Post *>malloc(room * sizeof(_Post))
+cdef bint _inbox_grow(_Inbox *inbox) noexcept nogil:
+    cdef uint64_t capacity = 2 * inbox.capacity if inbox.capacity else SMALL_RING
+    cdef uint64_t n = inbox.head
+    cdef _Post *posts = <_Post *>malloc(capacity * sizeof(_Post))
     if posts == NULL:
         return False
-    while n != door.tail:
-        posts[n & (room - 1)] = door.posts[n & (door.capacity - 1)]
+    while n != inbox.tail:
+        posts[n & (capacity - 1)] = inbox.posts[n & (inbox.capacity - 1)]
         n += 1
-    free(door.posts)
-    door.posts, door.capacity = posts, room
+    free(inbox.posts)
+    inbox.posts, inbox.capacity = posts, capacity
     return True
 
 
-# -- Waker and signals ----------------------------------------------------------
-#
-# A pipe used as a doorbell: nobody cares what is in it, only that there is
-# something.  It is rung at most once until the loop has answered, and only
-# while the loop sleeps or is about to.
+cdef void _inbox_close(_Inbox *inbox) noexcept nogil:
+    pthread_mutex_lock(&inbox.lock)
+    inbox.closed = 1
+    _waker_close(inbox)
+    inbox.head = inbox.tail
+    pthread_mutex_unlock(&inbox.lock)
+
+
+# -- Waker and signals ---------------------------------------------------------
+# The waker is a pipe whose reader the poller watches: a byte in it wakes a loop that
+# sleeps.  It is signalled at most once until the loop has drained it, and only while
+# the loop sleeps or is about to.
 #
 # While the loop runs in the main thread, the pipe is Python's signal wakeup fd too,
-# so that a signal ends the poll, whichever thread the kernel gave it to.  The byte
-# that rings is 0, any other is the number of a signal: it is passed on to the fd
-# that would have got it without the loop.
+# so that a signal ends the poll, whichever thread the kernel gave it to.  The waker's
+# own byte is 0; any other is the number of a signal, and is passed on to the outer
+# wakeup fd, which would have got it without the loop.
 
-cdef int _open_door(_Door *door) except -1:
-    """Make the pipe, anew in a forked child."""
+cdef int _waker_open(_Inbox *inbox) except -1:
+    """Make the pipe; in a forked child, make a new one."""
     cdef int fds[2]
     check(open_pipe(fds))
-    _close_bell(door)
-    try:
-        door.reader = above_stdio(fds[0])
-    except BaseException:
-        close(fds[1])
-        raise
-    door.writer = above_stdio(fds[1])
-    door.rung = door.closed = 0
+    _waker_close(inbox)
+    inbox.writer = fds[1]  # closed with the inbox if the next step fails
+    inbox.reader = above_stdio(fds[0])
+    inbox.writer = -1
+    inbox.writer = above_stdio(fds[1])
+    inbox.signalled = inbox.closed = 0
 
 
-cdef void _close_door(_Door *door) noexcept nogil:
-    """Nobody rings, or posts, from now on."""
-    pthread_mutex_lock(&door.lock)
-    door.closed = 1
-    _close_bell(door)
-    door.head = door.tail
-    pthread_mutex_unlock(&door.lock)
+cdef void _waker_close(_Inbox *inbox) noexcept nogil:
+    if inbox.reader >= 0:
+        close(inbox.reader)
+    if inbox.writer >= 0:
+        close(inbox.writer)
+    inbox.reader = inbox.writer = -1
 
 
-cdef void _close_bell(_Door *door) noexcept nogil:
-    if door.reader >= 0:
-        close(door.reader)
-    if door.writer >= 0:
-        close(door.writer)
-    door.reader = door.writer = -1
+cdef int _waker_register(IOLoop loop) except -1:
+    """Watch the reader as a C handler, which needs no Python object."""
+    return _table_add(loop, loop.queue.inbox.reader, READ, _waker_drain, NULL,
+                      _Handler.__new__(_Handler, loop.queue, None, None))
 
 
-cdef int _ring(_Door *door) noexcept nogil:
-    """Wake the loop if it sleeps; 0 or an errno, and leave errno alone."""
+cdef int _waker_signal(_Inbox *inbox) noexcept nogil:
+    """Wake the loop if it sleeps; return 0 or an errno, and leave errno alone."""
     cdef int saved = errno, error = 0
-    if not load(&door.asleep) or swap(&door.rung, 1):
+    if not load(&inbox.asleep) or swap(&inbox.signalled, 1):
         return 0
-    pthread_mutex_lock(&door.lock)
-    if not door.closed:
-        while door.writer >= 0 and write(door.writer, b"\0", 1) == -1:
+    pthread_mutex_lock(&inbox.lock)
+    if not inbox.closed:
+        while inbox.writer >= 0 and write(inbox.writer, b"\0", 1) == -1:
             if errno != EINTR:
-                error = 0 if errno == EAGAIN else errno  # full: it is rung
+                error = 0 if errno == EAGAIN else errno  # full, so it has a byte
                 break
     if error:
-        store(&door.rung, 0)
-    pthread_mutex_unlock(&door.lock)
+        store(&inbox.signalled, 0)
+    pthread_mutex_unlock(&inbox.lock)
     (&errno)[0] = saved
     return error
 
 
-cdef int _wake(_Queue queue) except -1:
-    cdef int error = _ring(queue.door)
+cdef int _waker_wake(_Queue queue) except -1:
+    cdef int error = _waker_signal(queue.inbox)
     if error:
-        raise OSError(error, "the IOLoop sleeps and can't be woken: "
-                      + os.strerror(error))
+        raise OSError(error, "the sleeping loop can't be woken: " + os.strerror(error))
 
 
-cdef int _doze(IOLoop loop) noexcept:
+cdef int _waker_go_idle(IOLoop loop) noexcept:
     """Between iterations: somebody else may poll our fileno()."""
-    store(&loop.queue.door.asleep, loop.embedded)
+    store(&loop.queue.inbox.asleep, loop.embedded)
     fence()
-    if loop.embedded and (_pending(loop.queue) or loop.poller.kept):
-        _ring(loop.queue.door)
+    if loop.embedded and (loop.queue.count_pending() or loop.poller.undelivered):
+        _waker_signal(loop.queue.inbox)
 
 
-cdef int _on_doorbell(object loop, int fd, uint32_t events, void *arg) except -1:
+cdef int _waker_drain(object loop, int fd, uint32_t events, void *arg) except -1:
     """Empty the pipe, and pass on what is not ours."""
-    cdef object host = (<IOLoop>loop).outer
-    cdef int outer = (<IOLoop>loop).outer_wakeup
+    cdef object outer = (<IOLoop>loop).outer_loop
+    cdef int outer_fd = (<IOLoop>loop).outer_wakeup_fd
     cdef unsigned char buffer[512]
     cdef ssize_t n = sizeof(buffer), i, count
     while n == sizeof(buffer):
@@ -1994,59 +1685,50 @@ cdef int _on_doorbell(object loop, int fd, uint32_t events, void *arg) except -1
                 (<IOLoop>loop).alarms += buffer[i] == SIGALRM
                 buffer[count] = buffer[i]
                 count += 1
-        if count and outer >= 0:
-            write(outer, buffer, count)  # lost if that is full, as ever
-            if isinstance(host, IOLoop) and (<IOLoop>host).queue.door.writer == outer:
-                _on_doorbell(host, (<IOLoop>host).queue.door.reader, READ, NULL)
-    # First empty, then ready to be rung again: the queue is looked at after.
-    store(&(<IOLoop>loop).queue.door.rung, 0)
+        if count and outer_fd >= 0:
+            # Lost if that fd is full, as it would be without us.
+            write(outer_fd, buffer, count)
+            if (isinstance(outer, IOLoop)
+                    and (<IOLoop>outer).queue.inbox.writer == outer_fd):
+                _waker_drain(outer, (<IOLoop>outer).queue.inbox.reader, READ, NULL)
+    # First empty, then ready to be signalled again: the queue is looked at after.
+    store(&(<IOLoop>loop).queue.inbox.signalled, 0)
 
 
-cdef int _add_doorbell(IOLoop loop) except -1:
-    return _add_handler(loop, loop.queue.door.reader, READ, _on_doorbell, NULL,
-                        _Handler.__new__(_Handler, loop.queue, None, None))
-
-
-cdef int _take_wakeup_fd(IOLoop loop) except -1:
-    try:
-        # Whether the one before was to warn of a full buffer can't be known.
-        loop.outer_wakeup = _signal.set_wakeup_fd(
-            loop.queue.door.writer, warn_on_full_buffer=False)
-    except ValueError:
-        return 0  # not the main thread, which is the one that gets signals
-    loop.has_wakeup_fd = True
-    if loop.outer_wakeup == loop.queue.door.writer:
-        loop.outer_wakeup = -1  # somebody kept ours from an earlier run
-
-
-cdef bint _keep_wakeup_fd(IOLoop loop) except -1:
-    """Take it again from whoever has set another, who is served from now on."""
+cdef bint _wakeup_take(IOLoop loop) except -1:
+    """Make the pipe the wakeup fd, and serve the one found; false if it was ours."""
     cdef int found
-    if not loop.has_wakeup_fd:
-        return False
-    found = _swap_wakeup_fd(loop.queue.door.writer)
-    if found == loop.queue.door.writer:
-        return False
-    loop.outer_wakeup = found
+    try:
+        found = _wakeup_swap(loop.queue.inbox.writer, loop.has_wakeup_fd)
+    except ValueError:
+        return False  # not the main thread, which is the one that handles signals
+    if found == loop.queue.inbox.writer:
+        if loop.has_wakeup_fd:
+            return False
+        found = -1  # somebody restored ours from an earlier run
+    loop.has_wakeup_fd, loop.outer_wakeup_fd = True, found
     return True
 
 
-cdef int _give_wakeup_fd(IOLoop loop) except -1:
-    """Set what was there before, or what somebody has set since."""
-    cdef int found = _swap_wakeup_fd(loop.outer_wakeup)
+cdef int _wakeup_give_back(IOLoop loop) except -1:
+    """Restore the previous fd, or the one that somebody has set since."""
+    cdef int found = _wakeup_swap(loop.outer_wakeup_fd, True)
     loop.has_wakeup_fd = False
-    if found != loop.queue.door.writer:
-        loop.outer_wakeup = found
-        _swap_wakeup_fd(found)
-    _on_doorbell(loop, loop.queue.door.reader, READ, NULL)
+    if found != loop.queue.inbox.writer:
+        loop.outer_wakeup_fd = found
+        _wakeup_swap(found, True)
+    _waker_drain(loop, loop.queue.inbox.reader, READ, NULL)
 
 
-cdef int _swap_wakeup_fd(int fd) except? -2:
-    """Set it if it is open; return the one before, which nothing else tells."""
+cdef int _wakeup_swap(int fd, bint lenient) except? -2:
+    """Set it, or none if it is closed; return the one before."""
+    # The old warn_on_full_buffer can't be queried; False is the safer guess.
     for _ in range(2):
         try:
             return _signal.set_wakeup_fd(fd, warn_on_full_buffer=False)
         except (OSError, ValueError):
+            if not lenient:
+                raise
             fd = -1
         except MemoryError:
             pass
@@ -2054,50 +1736,46 @@ cdef int _swap_wakeup_fd(int fd) except? -2:
 
 
 # -- Timeouts ------------------------------------------------------------------
+# Three arrays of one capacity, and a handle for the user:
 #
-# Three arrays of one length, and a handle for the user:
-#
-#   heap      pairs of a deadline and a handle, with four children to a node, in the
-#             order of (deadline, adding); it owns the handles.  At its other end
-#             are the late ones: added in step 2, they have to wait for the next.
-#   calls     what to call: a list, so that the garbage collector sees it
-#   spare     the slots of `calls` that are free, as a stack
+#   heap       pairs of a deadline and a handle, with four children to a node, in the
+#              order of (deadline, adding); it owns the handles.  At its other end
+#              are the deferred ones: added during a pass and due already, they run
+#              in the next pass, so that a pass ends.
+#   calls      what to call: a list, so that the garbage collector sees it
+#   free_keys  the indices of `calls` that are free, as a stack
 #
 # A handle refers to no Python object, so it costs the garbage collector nothing.
-# It knows its slot, and its index in the heap: it is removed in O(log n), for good.
+# It knows its key and its index in the heap: cancelling removes it in O(log n).
 #
 # Deadlines are nanoseconds on the loop's clock: CLOCK_MONOTONIC, or time_func.
 # INT64_MAX is never.
 
 cdef enum:
-    CLOCK_IS_SET = 10000    # the wall clock is, if it jumps by so many nanoseconds
-    WALL = -1               # the slot of a dead timeout whose time() is the wall clock
+    CLOCK_WAS_SET = 10000   # a jump of the wall clock by so many nanoseconds
 
 cdef struct _Entry:
     int64_t deadline
     PyObject *timeout
 
 
-@cython.internal
 @cython.final
 cdef class _Timers:
-    """The heap, and the clock that it is kept by."""
-
     cdef object time_func           # None: the monotonic clock
-    cdef _Queue queue               # whose doorbell tells of a new nearest timeout
+    cdef _Queue queue               # its waker tells of a new nearest timeout
     cdef list calls
     cdef _Entry *heap
-    cdef int *spare
-    cdef Py_ssize_t count           # timeouts in the heap
-    cdef Py_ssize_t spares          # free slots
-    cdef Py_ssize_t room            # slots
+    cdef int *free_keys
+    cdef Py_ssize_t capacity        # of the three arrays
+    cdef Py_ssize_t count           # timeouts in the heap,
+    cdef Py_ssize_t deferred        # at its other end,
+    cdef Py_ssize_t free            # and keys for more
     cdef int64_t added
-    cdef uint64_t fired
-    cdef int64_t wall_offset        # of the wall clock, as long as nobody sets it
-    cdef unsigned long thread       # as in IOLoop
+    cdef uint64_t count_run
+    cdef int64_t offset             # of the wall clock, as long as nobody sets it
+    cdef unsigned long thread_id    # the same as the loop's
     cdef bint passing               # step 2 runs
-    cdef int64_t pass_time          # its sample of the clock
-    cdef Py_ssize_t lates           # timeouts that it must not run
+    cdef int64_t pass_time          # its reading of the clock
     cdef bint closed
 
     def __cinit__(self, _Queue queue not None, time_func):
@@ -2106,326 +1784,260 @@ cdef class _Timers:
 
     def __dealloc__(self):
         cdef Py_ssize_t i
-        _add_late(self)
+        self.add_deferred()
         for i in range(self.count):
             (<_Timeout>self.heap[i].timeout).timers = NULL
             Py_XDECREF(self.heap[i].timeout)
         free(self.heap)
-        free(self.spare)
+        free(self.free_keys)
+
+    cdef int check_thread(self) except -1:
+        if self.thread_id != 0 and self.thread_id != get_thread_id():
+            raise RuntimeError("IOLoop runs in another thread")
+
+    # The clock
+
+    cdef inline int64_t now(self) except? -1:
+        if self.time_func is None:
+            return read_clock()
+        return nanoseconds(self.time_func(), False)
+
+    cdef int64_t deadline(self, object when, bint delay) except? -1:
+        """A delay, a timedelta or a time of time(), as nanoseconds on our clock."""
+        cdef int64_t target
+        if not delay and type(when) is not float and class_has(when, "total_seconds"):
+            when, delay = when.total_seconds(), True
+        target = nanoseconds(when, True)
+        if delay:
+            return add_times(self.now(), target)
+        if self.time_func is not None or target == INT64_MAX or target == INT64_MIN:
+            return target
+        return add_times(target, -self.wall_offset())
+
+    cdef int64_t wall_offset(self) noexcept:
+        """How far the wall clock is ahead; stays the same unless the clock is set."""
+        cdef int64_t offset = read_clock(CLOCK_REALTIME) - read_clock()
+        if not -CLOCK_WAS_SET < offset - self.offset < CLOCK_WAS_SET:
+            offset = _clock_measure_offset()  # was there just a pause between the two?
+            if not -CLOCK_WAS_SET < offset - self.offset < CLOCK_WAS_SET:
+                self.offset = offset
+        return self.offset
+
+    cdef int64_t time_left(self, int64_t limit) except -2:
+        """Until the nearest deadline: 0, nanoseconds up to a limit, or FOREVER."""
+        if limit and self.count and self.heap[0].deadline != INT64_MAX:
+            limit = min(limit, max(0, add_times(self.heap[0].deadline, -self.now())))
+        return FOREVER if limit == INT64_MAX else limit
+
+    # Adding and cancelling
+
+    cdef inline _Timeout add(self, int64_t deadline, object called):
+        timeout = <_Timeout>_Timeout.__new__(_Timeout)
+        self.arm(timeout, deadline, called)
+        return timeout
+
+    cdef int arm(self, _Timeout timeout, int64_t deadline, object called) except -1:
+        """Insert an inactive timeout, or defer it if it must not run in this pass."""
+        while self.free == 0:
+            self.resize(2 * self.capacity + 64)
+        # From here on nothing can run that would use up the free key.
+        self.free -= 1
+        timeout.key = self.free_keys[self.free]
+        list_put(self.calls, timeout.key, called)
+        timeout.timers = <PyObject *>self
+        Py_INCREF(timeout)
+        if self.passing and deadline <= self.pass_time:
+            self.deferred += 1
+            entry = self.stamp(timeout, deadline)
+            _heap_set(self.heap, self.capacity - self.deferred, entry)
+            return 0
+        self.count += 1
+        return self.place(timeout, self.count - 1, deadline)
+
+    cdef inline _Entry stamp(self, _Timeout timeout, int64_t deadline) noexcept:
+        self.added += 1
+        timeout.due, timeout.order = deadline, 2 * self.added + (self.time_func is None)
+        return _Entry(deadline, <PyObject *>timeout)
+
+    cdef inline int place(self, _Timeout timeout, Py_ssize_t at, int64_t due) except -1:
+        """Put it where it belongs, from a free place in the heap."""
+        _heap_sift(self.heap, self.count, at, self.stamp(timeout, due))
+        # Somebody who polls our fileno() only knows a later timeout, or none.
+        if timeout.index == 0 and load(&self.queue.inbox.asleep):
+            try:
+                _waker_wake(self.queue)
+            except OSError:
+                _timers_cancel(timeout)
+                raise
+
+    cdef void add_deferred(self) noexcept:
+        """After the pass: insert what it was not to run."""
+        while self.deferred:
+            entry = self.heap[self.capacity - self.deferred]
+            self.deferred -= 1
+            self.count += 1
+            _heap_sift(self.heap, self.count, self.count - 1, entry)
+
+    cdef inline _Timeout extract(self, Py_ssize_t index):
+        """Take a timeout out of the heap; it still has its key."""
+        timeout = <_Timeout>self.heap[index].timeout
+        Py_DECREF(timeout)
+        if index >= self.count:  # a deferred one
+            _heap_set(self.heap, index, self.heap[self.capacity - self.deferred])
+            self.deferred -= 1
+            return timeout
+        self.count -= 1
+        if index != self.count:
+            _heap_sift(self.heap, self.count, index, self.heap[self.count])
+        return timeout
+
+    cdef inline object release(self, _Timeout timeout):
+        """Free the key of a timeout that has left the heap; return its call."""
+        cdef int key = timeout.key
+        timeout.timers = NULL
+        self.free_keys[self.free] = key
+        self.free += 1
+        return list_take(self.calls, key)
+
+    cdef int resize(self, Py_ssize_t capacity) except -1:
+        """Move to arrays of another capacity, if the timeouts fit."""
+        # The allocation may collect garbage, and that may add and cancel timeouts.
+        cdef list calls = [None] * capacity, old
+        cdef Py_ssize_t used = self.capacity - self.free, last = self.count - 1
+        cdef Py_ssize_t i, source, target
+        heap = <_Entry *>malloc(capacity * sizeof(_Entry))
+        free_keys = <int *>malloc(capacity * sizeof(int))
+        if heap == NULL or free_keys == NULL or used > capacity:
+            free(heap)
+            free(free_keys)
+            if heap == NULL or free_keys == NULL:
+                raise MemoryError
+            return 0
+        old = self.calls
+        for i in range(used):
+            source = target = i
+            if i >= self.count:  # a deferred one, at the other end
+                source, target = self.capacity + last - i, capacity + last - i
+            _heap_set(heap, target, self.heap[source])
+            timeout = <_Timeout>heap[target].timeout
+            list_put(calls, i, list_take(old, timeout.key))
+            timeout.key = <int>i
+        for i in range(used, capacity):
+            free_keys[capacity - 1 - i] = <int>i
+        free(self.heap)
+        free(self.free_keys)
+        self.heap, self.free_keys, self.calls = heap, free_keys, calls
+        self.capacity, self.free = capacity, capacity - used
 
 
 @cython.final
 cdef class _Timeout:
-    """A handle of `add_timeout`, which is where it comes from."""
-
+    """The handle that `add_timeout` returns."""
     cdef PyObject *timers           # where it is; NULL: it has run or was cancelled
-    cdef int64_t stamp              # the order of adding; the deadline of a dead one
-    cdef int index
-    cdef int slot                   # of a dead one: WALL, or 0 with a time_func
+    cdef int64_t due                # its deadline
+    cdef int64_t order              # among equal deadlines; odd without a time_func
+    cdef int index, key             # in the heap, and in the calls
 
     def __init__(self):
         raise TypeError("a timeout is made by IOLoop.add_timeout()")
 
     def cancel(self):
-        """Cancel the timeout; does nothing if it has run or was cancelled.
-
-        Loop thread only.
-        """
+        """Cancel the timeout, unless it has run or was cancelled.  Loop thread only."""
         if self.timers != NULL:
-            _check_owner(<_Timers>self.timers)
-            _cancel(self)
+            (<_Timers>self.timers).check_thread()
+            _timers_cancel(self)
 
     @property
     def callback(self):
         """The callable, or None once the timeout has run or was cancelled."""
         if self.timers == NULL or (<_Timers>self.timers).calls is None:
             return None
-        call = (<_Timers>self.timers).calls[self.slot]
-        return (<_Call>call).callback if type(call) is _Call else call
+        called = (<_Timers>self.timers).calls[self.key]
+        return (<_Call>called).callback if type(called) is _Call else called
 
     @property
     def deadline(self):
         """The time in seconds on the clock of the loop's `time()`."""
-        cdef _Timers timers
-        if self.timers == NULL:
-            return as_seconds(self.stamp, _measure_offset() if self.slot == WALL else 0)
-        timers = <_Timers>self.timers
-        return as_seconds(timers.heap[self.index].deadline,
-                          _wall_offset(timers) if timers.time_func is None else 0)
+        cdef int64_t offset = 0
+        if self.due == INT64_MAX:
+            return HUGE_VAL
+        if self.order & 1:
+            offset = (_clock_measure_offset() if self.timers == NULL
+                      else (<_Timers>self.timers).wall_offset())
+        return <double>add_times(self.due, offset) / SECOND
 
     def __repr__(self):
         state = "dead" if self.timers == NULL else f"at {self.deadline:.6f}"
         return f"<ioloop._Timeout {state}>"
 
 
-cdef int _check_owner(_Timers timers) except -1:
-    if timers.thread != 0 and timers.thread != get_thread():
-        raise RuntimeError("IOLoop runs in another thread, "
-                           "and a timeout is not thread-safe")
+cdef inline _Timeout _timers_call(IOLoop loop, object when, bint delay,
+                                  object callback, object args, dict kwargs):
+    cdef int64_t deadline
+    _loop_check_thread(loop)
+    require_callable(callback)
+    deadline = loop.timers.deadline(when, delay)
+    _loop_check_thread(loop)  # a hostile __float__ or time_func may have closed it
+    called = make_call(callback, args, kwargs, capture_context())
+    return loop.timers.add(deadline, called)
 
 
-# The clock
-
-cdef inline int64_t _now(_Timers timers) except? -1:
-    if timers.time_func is None:
-        return monotonic()
-    return nanoseconds(timers.time_func(), False)
-
-
-cdef int64_t _deadline(_Timers timers, object when) except? -1:
-    """A time on the clock of time(), or a timedelta, as nanoseconds of ours."""
-    cdef int64_t target
-    if type(when) is not float and has(when, "total_seconds"):
-        return later(_now(timers), nanoseconds(when.total_seconds(), True))
-    target = nanoseconds(when, True)
-    if timers.time_func is not None or target == INT64_MAX or target == INT64_MIN:
-        return target
-    return later(target, -_wall_offset(timers))
+cdef int _timers_cancel(_Timeout timeout) except -1:
+    """Remove a timeout and drop what it refers to; also during its own pass."""
+    cdef _Timers timers
+    if timeout.timers == NULL or (<_Timers>timeout.timers).calls is None:
+        return 0  # inactive, or the garbage collector has been here
+    timers = <_Timers>timeout.timers
+    timers.extract(timeout.index)
+    timers.release(timeout)
+    if timers.capacity > LARGE and timers.capacity - timers.free < timers.capacity // 4:
+        try:
+            timers.resize(timers.capacity // 2)
+        except MemoryError:
+            pass  # it is cancelled all the same
 
 
-cdef int64_t _delay(_Timers timers, object seconds) except? -1:
-    cdef int64_t delay = nanoseconds(seconds, True)
-    return later(_now(timers), delay)
-
-
-cdef inline double as_seconds(int64_t deadline, int64_t offset) noexcept:
-    """The reverse."""
-    return (<double>later(deadline, offset) / SECOND if deadline != INT64_MAX
-            else HUGE_VAL)
-
-
-cdef int64_t _wall_offset(_Timers timers) noexcept:
-    """How far the wall clock is ahead of the monotonic one.
-
-    The same as before unless the clock was set, so that equal deadlines stay equal.
-    """
-    cdef int64_t wall = _read_clock(CLOCK_REALTIME)
-    cdef int64_t offset = wall - monotonic()
-    if not -CLOCK_IS_SET < offset - timers.wall_offset < CLOCK_IS_SET:
-        offset = _measure_offset()  # as it is, if there was a pause in between
-        if not -CLOCK_IS_SET < offset - timers.wall_offset < CLOCK_IS_SET:
-            timers.wall_offset = offset
-    return timers.wall_offset
-
-
-cdef int64_t _measure_offset() noexcept:
-    """By the quickest of some samples; rather too small: then deadlines get later."""
+cdef int64_t _clock_measure_offset() noexcept:
+    """By the quickest of five samples, so that no preempted one shifts deadlines."""
     cdef int64_t before, wall, after, offset = 0, shortest = INT64_MAX
     for _ in range(5):
-        before = monotonic()
-        wall = _read_clock(CLOCK_REALTIME)
-        after = monotonic()
+        before = read_clock()
+        wall = read_clock(CLOCK_REALTIME)
+        after = read_clock()
         if after - before < shortest:
             shortest, offset = after - before, wall - after
     return offset
 
 
-# Adding and removing
-
-ctypedef int64_t (*_clock_function)(_Timers timers, object when) except? -1
-
-
-cdef inline _Timeout _time_call(IOLoop loop, object when, _clock_function clock,
-                                object callback, object args, dict kwargs):
-    cdef int64_t deadline
-    _check_thread(loop)
-    require_callable(callback)
-    deadline = clock(loop.timers, when)
-    _check_thread(loop)  # a hostile __float__ or time_func may have closed it
-    return _new_timeout(loop.timers, deadline,
-                        make_call(callback, args, kwargs, capture_context()))
-
-
-cdef inline _Timeout _new_timeout(_Timers timers, int64_t deadline, object call):
-    cdef _Timeout timeout = _Timeout.__new__(_Timeout)
-    _arm(timers, timeout, deadline, call)
-    return timeout
-
-
-cdef int _arm(_Timers timers, _Timeout timeout, int64_t deadline,
-              object call) except -1:
-    """Put a dead timeout into the heap, or aside if this pass is not its."""
-    cdef _Entry entry
-    while timers.spares == 0:
-        _grow_timers(timers)
-    # From here on nothing can run that would use up what is spare.
-    timers.spares -= 1
-    timeout.slot = timers.spare[timers.spares]
-    put(timers.calls, timeout.slot, call)
-    timeout.timers = <PyObject *>timers
-    timeout.stamp = timers.added
-    timers.added += 1
-    entry.deadline, entry.timeout = deadline, <PyObject *>timeout
-    Py_INCREF(timeout)
-    if timers.passing and deadline <= timers.pass_time:
-        timers.lates += 1
-        _place(timers.heap, timers.room - timers.lates, entry)
-        return 0
-    timers.count += 1
-    _sift_up(timers.heap, timers.count - 1, entry)
-    return _tell_nearer(timers, timeout)
-
-
-cdef inline int _tell_nearer(_Timers timers, _Timeout timeout) except -1:
-    """Wake whoever polls our fileno(), and knows of a later timeout or none."""
-    if timeout.index == 0 and load(&timers.queue.door.asleep):
-        try:
-            _wake(timers.queue)
-        except OSError:
-            _cancel(timeout)
-            raise
-
-
-cdef void _add_late(_Timers timers) noexcept:
-    """After the pass: what it was not to run."""
-    cdef _Entry entry
-    while timers.lates:
-        entry = timers.heap[timers.room - timers.lates]
-        timers.lates -= 1
-        timers.count += 1
-        _sift_up(timers.heap, timers.count - 1, entry)
-
-
-cdef int _cancel(_Timeout timeout) except -1:
-    """Remove a timeout and drop what it refers to, unless it is dead."""
-    cdef _Timers timers
-    if timeout.timers == NULL:
-        return 0
-    timers = <_Timers>timeout.timers
-    if timers.calls is None:
-        return 0  # the garbage collector has been here
-    _extract(timers, timeout.index)
-    _release(timers, timeout)
-    if timers.room > SPACIOUS and timers.room - timers.spares < timers.room // 4:
-        try:
-            _shrink_timers(timers, timers.room // 2)
-        except MemoryError:
-            pass  # it is cancelled all the same
-
-
-cdef inline object _release(_Timers timers, _Timeout timeout):
-    """Free the slot of a timeout that has left the heap; return the call."""
-    cdef int slot = timeout.slot
-    timeout.timers = NULL
-    timeout.slot = WALL if timers.time_func is None else 0
-    timers.spare[timers.spares] = slot
-    timers.spares += 1
-    return take(timers.calls, slot)
-
-
-cdef int _grow_timers(_Timers timers) except -1:
-    # The allocation may collect garbage, and that may add and cancel timeouts.
-    cdef list more = [None] * (timers.room // 2 + 64)
-    cdef Py_ssize_t room = timers.room + len(more), i
-    timers.heap = <_Entry *>reallocate(timers.heap, room * sizeof(_Entry))
-    timers.spare = <int *>reallocate(timers.spare, room * sizeof(int))
-    timers.calls.extend(more)
-    for i in range(1, timers.lates + 1):
-        _place(timers.heap, room - i, timers.heap[timers.room - i])
-    for i in range(room - 1, timers.room - 1, -1):
-        timers.spare[timers.spares] = <int>i
-        timers.spares += 1
-    timers.room = room
-
-
-cdef int _shrink_timers(_Timers timers, Py_ssize_t room) except -1:
-    """Move to fewer slots, unless there are too many timeouts for them."""
-    # The allocation may collect garbage, and that may add and cancel timeouts.
-    cdef list calls = [None] * room, old
-    cdef _Entry *heap = <_Entry *>malloc(room * sizeof(_Entry))
-    cdef int *spare = <int *>malloc(room * sizeof(int))
-    cdef Py_ssize_t used = 0, i
-    if heap == NULL or spare == NULL or timers.room - timers.spares > room:
-        free(heap)
-        free(spare)
-        if heap == NULL or spare == NULL:
-            raise MemoryError
-        return 0
-    old = timers.calls
-    for i in range(timers.count):
-        heap[i] = timers.heap[i]
-        used = _move_call(<_Timeout>heap[i].timeout, old, calls, used)
-    for i in range(1, timers.lates + 1):
-        _place(heap, room - i, timers.heap[timers.room - i])
-        used = _move_call(<_Timeout>heap[room - i].timeout, old, calls, used)
-    for i in range(used, room):
-        spare[room - 1 - i] = <int>i
-    free(timers.heap)
-    free(timers.spare)
-    timers.heap, timers.spare, timers.calls = heap, spare, calls
-    timers.room, timers.spares = room, room - used
-
-
-cdef inline Py_ssize_t _move_call(_Timeout timeout, list old, list new,
-                                  Py_ssize_t slot) noexcept:
-    put(new, slot, take(old, timeout.slot))
-    timeout.slot = <int>slot
-    return slot + 1
-
-
-# The heap itself.  `_sift_*` put an entry, for which `index` is free, in its place.
-
-cdef _Timeout _extract(_Timers timers, Py_ssize_t index):
-    """Take a timeout out of the heap; its slot is still its own."""
-    cdef _Timeout timeout = <_Timeout>timers.heap[index].timeout
-    cdef _Entry last
-    Py_DECREF(timeout)
-    timeout.stamp = timers.heap[index].deadline
-    if index >= timers.count:  # a late one
-        _place(timers.heap, index, timers.heap[timers.room - timers.lates])
-        timers.lates -= 1
-        return timeout
-    timers.count -= 1
-    if index != timers.count:
-        last = timers.heap[timers.count]
-        _sift(timers.heap, timers.count, index, last)
-    return timeout
-
-
-cdef inline bint _precedes(_Entry *one, _Entry *other) noexcept:
+cdef inline bint _heap_precedes(_Entry *one, _Entry *other) noexcept:
     if one.deadline != other.deadline:
         return one.deadline < other.deadline
-    return (<_Timeout>one.timeout).stamp < (<_Timeout>other.timeout).stamp
+    return (<_Timeout>one.timeout).order < (<_Timeout>other.timeout).order
 
 
-cdef inline void _place(_Entry *heap, Py_ssize_t index, _Entry entry) noexcept:
+cdef inline void _heap_set(_Entry *heap, Py_ssize_t index, _Entry entry) noexcept:
     heap[index] = entry
     (<_Timeout>entry.timeout).index = <int>index
 
 
-cdef inline void _sift(_Entry *heap, Py_ssize_t count, Py_ssize_t index,
-                       _Entry entry) noexcept:
-    if index and _precedes(&entry, &heap[(index - 1) >> 2]):
-        _sift_up(heap, index, entry)
-    else:
-        _sift_down(heap, count, index, entry)
-
-
-cdef void _sift_up(_Entry *heap, Py_ssize_t index, _Entry entry) noexcept:
-    cdef Py_ssize_t parent
-    while index > 0:
-        parent = (index - 1) >> 2
-        if not _precedes(&entry, &heap[parent]):
-            break
-        _place(heap, index, heap[parent])
-        index = parent
-    _place(heap, index, entry)
-
-
-cdef void _sift_down(_Entry *heap, Py_ssize_t count, Py_ssize_t index,
+cdef void _heap_sift(_Entry *heap, Py_ssize_t count, Py_ssize_t index,
                      _Entry entry) noexcept:
-    cdef Py_ssize_t child = 4 * index + 1, best, sibling
+    """Move the free place at `index` up, or else down, to where the entry belongs."""
+    cdef Py_ssize_t start = index, parent = (index - 1) >> 2, child, best, sibling
+    while index > 0 and _heap_precedes(&entry, &heap[parent]):
+        _heap_set(heap, index, heap[parent])
+        index, parent = parent, (parent - 1) >> 2
+    child = 4 * index + 1 if index == start else count
     while child < count:
         best = child
         for sibling in range(child + 1, min(child + 4, count)):
-            if _precedes(&heap[sibling], &heap[best]):
+            if _heap_precedes(&heap[sibling], &heap[best]):
                 best = sibling
-        if _precedes(&entry, &heap[best]):
+        if _heap_precedes(&entry, &heap[best]):
             break
-        _place(heap, index, heap[best])
-        index = best
-        child = 4 * index + 1
-    _place(heap, index, entry)
+        _heap_set(heap, index, heap[best])
+        index, child = best, 4 * best + 1
+    _heap_set(heap, index, entry)
 
 
 # -- PeriodicCallback ----------------------------------------------------------
@@ -2435,24 +2047,23 @@ cdef class PeriodicCallback(_Referable):
 
     Call `callback()` every `callback_time` milliseconds (or `timedelta`).
 
-    The first call is one period after `start()`, later ones (without jitter) a
-    whole number of periods after the first: the period does not drift, and what
-    a slow callback missed is left out.  A callback that returns a coroutine or a
-    future is not called again before that is done, or stop() and start() are
-    called.  Whatever is raised, the calls go on.  `jitter` is the fraction of the
-    period by which it varies at random.  Raises ValueError for a period that is
-    not positive.  Loop thread only.  Source: Tornado.
+    The first call is one period after `start()`, later ones (without jitter) a whole
+    number of periods after the first: the period does not drift, and calls missed
+    because of a slow callback are skipped.  A callback that returns a coroutine or a
+    future is not called again before that is done, or stop() and start() are called.
+    Whatever is raised, the calls go on.  `jitter` is the fraction of the period by
+    which it varies at random.  Raises ValueError for a period that is not positive.
+    Loop thread only.  Source: Tornado.
     """
-
     cdef dict __dict__
     cdef public object callback
     cdef readonly double jitter             # a fraction
     cdef readonly IOLoop io_loop
     cdef double milliseconds
-    cdef _Timeout timeout                   # the next tick
+    cdef _Timeout timeout                   # of the next call
     cdef object awaited                     # the future of the last one, until done
-    cdef bint on
-    cdef int64_t due                        # when the next tick is, or the last was
+    cdef bint started
+    cdef int64_t due                        # when the next call is, or the last was
 
     def __init__(self, callback, callback_time, io_loop=None, jitter=0):
         require_callable(callback)
@@ -2465,13 +2076,13 @@ cdef class PeriodicCallback(_Referable):
 
     @property
     def callback_time(self):
-        """The period in milliseconds; a new one holds from the next call on."""
+        """The period in milliseconds; a new one takes effect after the next call."""
         return self.milliseconds
 
     @callback_time.setter
     def callback_time(self, period):
-        cdef double ms = (period.total_seconds() * 1e3 if has(period, "total_seconds")
-                          else period)
+        cdef double ms = (period.total_seconds() * 1e3
+                          if class_has(period, "total_seconds") else period)
         if not ms > 0 or nanoseconds(ms / 1e3, True) < 1:
             raise ValueError(f"a period must be positive, not {period!r}")
         self.milliseconds = ms
@@ -2479,130 +2090,296 @@ cdef class PeriodicCallback(_Referable):
     def start(self):
         """Start calling; does nothing if it has been started.
 
-        Raises RuntimeError from the wrong thread or for a closed loop.
+        Raises RuntimeError in the wrong thread or if the loop is closed.
         """
         if self.io_loop is None:
             raise RuntimeError("PeriodicCallback is not initialised")
-        _check_thread(self.io_loop)
-        if not self.on:
-            self.due = _now(self.io_loop.timers)
-            _schedule(self, later(self.due, _period(self)))
+        _loop_check_thread(self.io_loop)
+        if not self.started:
+            self.due = self.io_loop.timers.now()
+            self.schedule(add_times(self.due, self.period()))
 
     def stop(self):
         """Stop calling; `start()` starts afresh.  Loop thread only."""
-        if self.on:
-            _check_owner(self.io_loop.timers)
+        if self.started:
+            self.io_loop.timers.check_thread()
             if self.timeout is not None:
-                _cancel(self.timeout)
-        self.on = False
+                _timers_cancel(self.timeout)
+        self.started = False
         self.timeout = self.awaited = None
 
     def is_running(self):
-        """Tell whether `start()` has been called, and `stop()` not since.
-
-        Any thread.
-        """
-        return self.on
+        """Return whether it has been started and not stopped since.  Any thread."""
+        return self.started
 
     def _tick(self):
-        """Call the callback, and set the next tick when it is done."""
+        """Call the callback, and schedule the next call once it is done."""
         self.timeout = None
         try:
-            future = _as_future(self.io_loop, self.callback())
+            future = _future_of(self.io_loop, self.callback())
             if future is not None:
-                if self.on and self.timeout is None:  # not stopped, nor started again
+                if self.started and self.timeout is None:  # it did not stop or restart
                     self.awaited = future
                 future.add_done_callback(partial(
-                    _relay, self.io_loop, partial(self._done, future),
+                    _future_relay, self.io_loop, partial(self._done, future),
                     capture_context()))
         except BaseException as error:
             self.awaited = None
             if not isinstance(error, Exception):
                 raise
-            _report(self.io_loop, self.callback)
+            _report_exception(self.io_loop, self.callback)
         finally:
             if self.awaited is None:
-                _next_tick(self)
+                self.schedule_next()
 
     def _done(self, awaited, future):
         try:
-            _conclude(self.io_loop, self.callback, None, None, future)
+            _future_conclude(self.io_loop, self.callback, None, None, future)
         finally:
             if self.awaited is awaited:
                 self.awaited = None
-                _next_tick(self)
+                self.schedule_next()
+
+    cdef int64_t period(self) except -1:
+        cdef double seconds = self.milliseconds / 1e3
+        if self.jitter:
+            import random
+            seconds *= 1 + self.jitter * (random.random() - 0.5)
+        return max(1, nanoseconds(seconds, True))
+
+    cdef int schedule(self, int64_t due) except -1:
+        self.started = False  # in case this fails
+        self.timeout = self.io_loop.timers.add(
+            due, make_call(self._tick, None, None, capture_context()))
+        self.due, self.started = due, True
+
+    cdef int schedule_next(self) except -1:
+        """Schedule the first call that is still to come, however many were missed."""
+        cdef int64_t now, due = self.due
+        cdef int64_t period = nanoseconds(self.milliseconds / 1e3, True)
+        if not self.started or self.timeout is not None or not self.io_loop.opened:
+            return 0
+        try:
+            period = self.period()
+            now = self.io_loop.timers.now()
+            if now > due:
+                due = add_times(due, (now - due) // period * period)
+        finally:  # even if a time_func fails
+            if self.started and self.timeout is None:  # still
+                self.schedule(add_times(due, period))
 
 
-cdef int64_t _period(PeriodicCallback periodic) except -1:
-    """The next period in nanoseconds."""
-    cdef double seconds = periodic.milliseconds / 1e3
-    if periodic.jitter:
-        import random
-        seconds *= 1 + periodic.jitter * (random.random() - 0.5)
-    return max(1, nanoseconds(seconds, True))
+# -- Coroutines and futures ----------------------------------------------------
+# What a callable returns is followed to its end if it is a coroutine or a future: an
+# exception reaches the hook, and run_sync, PeriodicCallback and handlers wait for it.
+# Futures are told by their type, never by what an instance has.
+
+_generator = type(eval("(_ for _ in ())"))
+_plain_types = frozenset((bool, bytes, dict, float, int, list, str, tuple))
 
 
-cdef int _schedule(PeriodicCallback periodic, int64_t due) except -1:
-    periodic.on = False  # should this fail
-    periodic.timeout = _new_timeout(
-        periodic.io_loop.timers, due,
-        make_call(periodic._tick, None, None, capture_context()))
-    periodic.due = due
-    periodic.on = True
+cdef object _future_of(IOLoop loop, object result):
+    """A future for `result`, or None if it is a plain value."""
+    if type(result) in _plain_types:
+        return None
+    if class_has(result, "add_done_callback"):
+        return result
+    if class_has(result, "__await__"):
+        return _Task(loop, result.__await__())
+    # 0x100: inspect's flag for what types.coroutine() made
+    if type(result) is _generator and result.gi_code.co_flags & 0x100:
+        return _Task(loop, result)
+    return None
 
 
-cdef int _next_tick(PeriodicCallback periodic) except -1:
-    """Set the first tick that is still to come, however many were missed."""
-    cdef int64_t now, due = periodic.due
-    cdef int64_t period = nanoseconds(periodic.milliseconds / 1e3, True)
-    if not periodic.on or periodic.timeout is not None or not periodic.io_loop.opened:
-        return 0
+def _future_relay(IOLoop loop not None, callback, context, future):
+    """Queue the callback of a future that is done, unless the loop is closed."""
+    if loop.opened:
+        loop.queue.push(make_call(callback, (future,), None, context))
+
+
+def _future_follow(IOLoop loop not None, callback, result, _Handler handler):
+    """Wait for what a callable, maybe a handler, returned."""
+    future = _future_of(loop, result)
+    if future is not None:
+        future.add_done_callback(partial(
+            _future_relay, loop,
+            partial(_future_conclude, loop, callback, future, handler),
+            capture_context()))
+        if handler is not None:
+            _handler_pause(loop, handler, future)
+
+
+def _future_conclude(IOLoop loop not None, callback, awaited, _Handler handler, future):
+    """Report the exception of a future that is done; resume its handler."""
     try:
-        period = _period(periodic)
-        now = _now(periodic.io_loop.timers)
-        if now > due:
-            due = later(due, (now - due) // period * period)
-    finally:  # also if a time_func fails
-        if periodic.on and periodic.timeout is None:  # still
-            _schedule(periodic, later(due, period))
+        if not (class_has(future, "cancelled") and future.cancelled()):
+            future.result()
+    except Exception:
+        _report_exception(loop, callback)
+    finally:
+        if handler is not None and handler.pending is awaited:
+            _handler_resume(loop, handler)
 
 
-# -- Handlers ------------------------------------------------------------------
-#
-# What the loop knows of a file descriptor is in two tables, indexed by it: the
-# numbers that decide about an event in an array of slots, the Python objects in
-# a list.  Each registration has a generation, which the poller gives back with
-# its events: an event is for that registration or for nobody.
+def _future_steps(iterator):  # which may have no send() and throw()
+    return (yield from iterator)
+
+
+@cython.final
+cdef class _Task:
+    """A coroutine in progress, and the future of its result.
+
+    It may await None, until the next iteration, or a future; its context is one.
+    """
+    cdef object __weakref__
+    cdef IOLoop loop
+    cdef object steps, value, error, context
+    cdef uint64_t waits         # so far: what it waits for now has this number
+    cdef bint finished, dropped
+    cdef object on_done
+
+    def __cinit__(self, IOLoop loop not None, steps):
+        self.loop = loop
+        self.steps = steps if hasattr(steps, "send") else _future_steps(steps)
+        self.context = capture_context() or Context()
+        self.enqueue(self)
+
+    cdef int enqueue(self, function) except -1:
+        return self.loop.queue.push(make_call(function, None, None, self.context))
+
+    def __call__(self, wait=None, future=None, error=None):
+        """Take a step, with the result of the future that was awaited, or an error."""
+        if self.finished or (wait is not None and wait != self.waits):
+            return  # it was told twice
+        self.waits += 1
+        value = None
+        if future is not None:
+            try:
+                value = future.result()
+            except BaseException as raised:
+                error = raised
+        try:
+            if error is None:
+                awaited = self.steps.send(value)
+            else:
+                awaited = self.steps.throw(error)
+        except StopIteration as stop:
+            self._finish(stop.value, None)
+        except Exception as raised:
+            self._finish(None, raised)
+        except BaseException:
+            self.dropped = True  # leaving start() reports it, once
+            self._finish(None, None)
+            raise
+        else:
+            self._wait_for(self.waits, awaited)
+
+    def _wait_for(self, wait, awaited):
+        if awaited is None:
+            self.enqueue(self)
+        elif wait == self.waits:
+            try:
+                if not class_has(awaited, "add_done_callback"):
+                    raise TypeError(f"a coroutine on an IOLoop can't await {awaited!r}")
+                awaited.add_done_callback(partial(
+                    _future_relay, self.loop, partial(self, wait), self.context))
+            except Exception as error:
+                self.enqueue(partial(self, wait, None, error))
+            except BaseException:
+                # Nobody knows whether it was added: try again.
+                self.enqueue(partial(self._wait_for, wait, awaited))
+                raise
+
+    def _finish(self, value, error):
+        self.finished, self.value, self.error = True, value, error
+        on_done, self.on_done = self.on_done, None
+        if on_done is not None:
+            on_done(self)
+
+    def add_done_callback(self, callback):
+        self.on_done = callback  # there is just one, from the beginning
+
+    def done(self): return self.finished
+
+    def cancel(self):
+        if not self.finished:
+            self.finished = self.dropped = True
+            self.on_done = None
+            self.steps.close()
+
+    def cancelled(self): return self.dropped
+
+    def result(self):
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+@cython.final
+cdef class _Sync:
+    cdef IOLoop loop
+    cdef object func, future, value, error
+    cdef bint done, over
+
+    def __cinit__(self, IOLoop loop not None, func):
+        self.loop, self.func = loop, func
+
+    def go_on(self, future=None):
+        """Call the function, or take the result of its future, and stop the loop."""
+        if self.over:
+            return
+        try:
+            self.value = self.func() if future is None else future.result()
+            if future is None:
+                self.future = _future_of(self.loop, self.value)
+                if self.future is not None:
+                    return self.loop.add_future(self.future, self.go_on)
+        except Exception as error:
+            self.error = error
+        self.done = True
+        self.loop.stop()
+
+    def give_up(self):
+        self.over = True
+        try:
+            if class_has(self.future, "cancel"):
+                self.future.cancel()
+        except Exception:
+            _report_exception(self.loop, self.func)
+
+
+# -- File descriptors ----------------------------------------------------------
+# What the loop knows of a file descriptor is in two arrays, indexed by it: the
+# numbers that decide about an event are in its slot, the Python objects in its
+# handler.  Each registration has a generation, which the poller returns with its
+# events.  An event whose generation is not the slot's is stale: the fd was removed,
+# or its number used again, since the kernel saw it.  It is dropped.
 
 cdef struct _Slot:
     uint32_t generation         # 0: no registration
     uint32_t events
-    bint muted                  # the poller watches for none of them for now,
+    bint muted                  # temporarily not watched for them,
     bint lost                   # or not at all: the fd was closed
-    uint32_t ended              # the batch in which the last registration ended
-    ioloop_handler_v1 function  # of the C-level door, or NULL
+    uint32_t changed_in         # the batch in which a registration last began or ended
+    ioloop_handler_v1 function  # of the C API, or NULL
     void *arg
 
 
 @cython.final
-@cython.internal
 cdef class _Handler:
-    """What add_handler was given; `callback` is the owner of a C-level one."""
-
+    """What add_handler was given; for a C handler `callback` is its owner."""
     cdef object file, callback, context
     cdef int number             # the fd
-    cdef object pending         # the coroutine or future that it returned, until done
-    cdef bint paused, warned    # an event waits for that; and this was logged
+    cdef object pending         # the coroutine or future that it waits for,
+    cdef bint paused            # and whose end has the fd watched again
 
     def __cinit__(self, file, callback, context):
         self.file, self.callback, self.context = file, callback, context
 
 
 @cython.final
-@cython.internal
 cdef class _Table:
-    """The registrations by file descriptor."""
-
     cdef _Slot *slots
     cdef list handlers          # of _Handler or None
     cdef Py_ssize_t size, count
@@ -2616,108 +2393,139 @@ cdef class _Table:
     def __dealloc__(self):
         free(self.slots)
 
+    cdef inline _Slot *slot(self, int fd) noexcept:
+        if 0 <= fd < self.size and self.slots[fd].generation != 0:
+            return &self.slots[fd]
+        return NULL
 
-cdef inline _Slot *_slot(_Table table, int fd) noexcept:
-    """The slot of a registered fd, or NULL."""
-    if 0 <= fd < table.size and table.slots[fd].generation != 0:
-        return &table.slots[fd]
-    return NULL
+    cdef object forget(self, int fd):
+        """Take a registration out of the table; return its handler, or None."""
+        slot = self.slot(fd)
+        if slot == NULL:
+            return None
+        slot.generation = 0
+        slot.changed_in = self.batch
+        self.count -= 1
+        return list_take(self.handlers, fd)
+
+    cdef int grow(self, Py_ssize_t size) except -1:
+        cdef list more = [None] * (size - self.size)
+        # That may have collected garbage, and that added handlers: count from here.
+        size = self.size + len(more)
+        self.slots = <_Slot *>reallocate(self.slots, size * sizeof(_Slot))
+        memset(&self.slots[self.size], 0, len(more) * sizeof(_Slot))
+        self.handlers.extend(more)
+        self.size = size
+
+    cdef int find(self, object file) except -2:
+        """The fd that `file` is registered as, or -1, whatever its fileno() does."""
+        cdef _Handler handler
+        cdef object error = None
+        cdef int number = -1
+        try:
+            number = fd_number(file)
+        except (OSError, OverflowError, ValueError):
+            pass  # such as that of a closed file
+        except Exception as raised:
+            error = raised
+        if not isinstance(file, int) and (
+                self.slot(number) == NULL or
+                (<_Handler>list_peek(self.handlers, number)).file is not file):
+            for handler in self.handlers:
+                if handler is not None and handler.file is file:
+                    return handler.number
+        if error is not None:
+            raise error
+        return number if self.slot(number) != NULL else -1
 
 
-cdef int _add_handler(IOLoop loop, int fd, uint32_t events, ioloop_handler_v1 function,
-                      void *arg, _Handler handler) except -1:
+cdef int _table_add(IOLoop loop, int fd, uint32_t events, ioloop_handler_v1 function,
+                    void *arg, _Handler handler) except -1:
+    """Tell the poller first, then enter it into the table: all or nothing."""
     cdef _Table table = loop.table
-    cdef _Slot *slot = _slot(table, fd)
+    cdef _Slot *slot = table.slot(fd)
     cdef uint32_t generation = table.generation + 1 or 1
     cdef bint replaced = slot != NULL, added = False
-    if slot != NULL and (
-            fd == loop.queue.door.reader or not loop.poller.has_lost(fd)):
-        raise FileExistsError(EEXIST, f"fd {fd} has a handler already")
+    # A number whose file was closed without remove_handler() is free again.
+    if slot != NULL and (fd == loop.queue.inbox.reader or not loop.poller.has_lost(fd)):
+        raise FileExistsError(EEXIST, f"fd {fd} already has a handler")
     try:
         loop.poller.add(fd, events, generation)
         added = True
-        _reserve(table, <Py_ssize_t>fd + 1)
+        while fd >= table.size:
+            table.grow(max(<Py_ssize_t>fd + 1, 2 * table.size, 32))
     except BaseException:
         if added or not loop.poller.foreign:
             loop.poller.drop(fd)
         raise
-    if _slot(table, fd) == NULL:
+    if table.slot(fd) == NULL:
         table.count += 1
     elif not replaced:
-        # By a destructor, while the tables grew: the poller knows that one now.
-        raise FileExistsError(EEXIST, f"fd {fd} has a handler already")
+        # By a destructor, while the table grew: the poller knows that one now.
+        raise FileExistsError(EEXIST, f"fd {fd} already has a handler")
     table.generation = generation
     slot = &table.slots[fd]
-    slot.ended = table.batch
+    slot.changed_in = table.batch
     slot.generation, slot.events = generation, events
     slot.muted = slot.lost = False
     slot.function, slot.arg = function, arg
     handler.number = fd
-    table.handlers[fd] = handler
+    old = list_take(table.handlers, fd)
+    list_put(table.handlers, fd, handler)
+    del old  # not earlier: its destructor may use the table
 
 
-cdef int _update_handler(IOLoop loop, int fd, uint32_t events) except -1:
-    cdef _Slot *slot = _slot(loop.table, fd)
+cdef int _table_update(IOLoop loop, int fd, uint32_t events) except -1:
+    cdef _Slot *slot = loop.table.slot(fd)
     cdef _Handler handler
-    if slot == NULL or fd == loop.queue.door.reader:
+    if slot == NULL or fd == loop.queue.inbox.reader:
         raise FileNotFoundError(ENOENT, f"fd {fd} has no handler")
-    handler = <_Handler>peek(loop.table.handlers, fd)
-    if not handler.paused:
-        loop.poller.modify_(fd, events, slot.generation)
-    slot = _slot(loop.table, fd)  # a Python poller may have done anything
+    handler = <_Handler>list_peek(loop.table.handlers, fd)
+    if handler.pending is None:
+        loop.poller.change(fd, events, slot.generation)
+    slot = loop.table.slot(fd)  # a Python poller may have done anything
     if slot != NULL:
         slot.events = events
-        slot.muted, slot.lost = handler.paused, False
+        slot.muted = handler.paused = handler.pending is not None
+        slot.lost = False
 
 
-cdef int _remove_handler(IOLoop loop, int fd) except -1:
-    cdef bint known = _slot(loop.table, fd) != NULL
-    cdef object handler = _forget(loop.table, fd)
+cdef int _table_remove(IOLoop loop, int fd) except -1:
+    cdef bint known = loop.table.slot(fd) != NULL
+    cdef object handler = loop.table.forget(fd)
     if known:
         loop.poller.drop(fd)
     del handler  # not earlier: its destructor may add one for the same fd
 
 
-# A handler is not called again before the coroutine that it returned is done.
+cdef list _table_handlers(IOLoop loop):  # without the waker's
+    cdef list found = []
+    for handler in loop.table.handlers:
+        if (handler is not None
+                and (<_Handler>handler).number != loop.queue.inbox.reader):
+            found.append(handler)
+    return found
 
-cdef bint _pause_handler(IOLoop loop, _Handler handler) except -1:
-    """Tell whether an event has to wait, and see to it that it is not reported."""
-    cdef _Slot *slot
-    try:
-        if has(handler.pending, "done") and handler.pending.done():
-            return False
-    except Exception:
-        _report(loop, handler.callback)
-    except BaseException:
-        handler.paused = True  # so that the event is asked for again
-        raise
+
+# A handler is not called again before the coroutine that it returned is done: until
+# then its fd is not watched.
+
+cdef int _handler_pause(IOLoop loop, _Handler handler, object future) except -1:
     slot = _handler_slot(loop, handler)
-    if slot != NULL:
+    handler.pending = future
+    if slot != NULL and not slot.muted:  # by ONESHOT
         handler.paused = slot.muted = True
         try:
-            loop.poller.modify_(handler.number, 0, slot.generation)
+            loop.poller.change(handler.number, 0, slot.generation)
         except OSError:
             loop.poller.drop(handler.number)  # it was closed, most likely
-    if not handler.warned:
-        handler.warned = True
-        _warn(loop, f"the handler of fd {handler.number} returned a coroutine or "
-              "future and is not called again before that is done")
-    return True
 
 
-cdef _Slot *_handler_slot(IOLoop loop, _Handler handler) noexcept:
-    """Its slot, or NULL if it was removed."""
-    cdef _Slot *slot = _slot(loop.table, handler.number)
-    if slot == NULL or peek(loop.table.handlers, handler.number) != <PyObject *>handler:
-        return NULL
-    return slot
-
-
-cdef int _resume_handler(IOLoop loop, _Handler handler) except -1:
-    cdef _Slot *slot = _handler_slot(loop, handler)
-    handler.paused = False
-    if slot != NULL:
-        slot.muted = False
+cdef int _handler_resume(IOLoop loop, _Handler handler) except -1:
+    slot = _handler_slot(loop, handler)
+    handler.pending = None
+    if slot != NULL and handler.paused:
+        handler.paused = slot.muted = False
         if not loop.forked:  # else reinit() does it
             try:
                 loop.poller.drop(handler.number)
@@ -2726,132 +2534,37 @@ cdef int _resume_handler(IOLoop loop, _Handler handler) except -1:
                 pass  # it was closed
 
 
-cdef object _forget(_Table table, int fd):
-    """Take a registration out of the tables; return its handler, or None."""
-    cdef _Slot *slot = _slot(table, fd)
-    cdef object handler = None
-    if slot != NULL:
-        slot.generation = 0
-        slot.ended = table.batch
-        table.count -= 1
-        handler = take(table.handlers, fd)
-    return handler
-
-
-cdef int _reserve(_Table table, Py_ssize_t size) except -1:
-    """Make the tables that long, at least."""
-    cdef list more
-    cdef Py_ssize_t room
-    while table.size < size:
-        more = [None] * (max(size, 2 * table.size, 32) - table.size)
-        # That may have collected garbage, and that added handlers: count from here.
-        room = table.size + len(more)
-        table.slots = <_Slot *>reallocate(table.slots, room * sizeof(_Slot))
-        memset(&table.slots[table.size], 0, len(more) * sizeof(_Slot))
-        table.handlers.extend(more)
-        table.size = room
-
-
-cdef list _registrations(IOLoop loop):
-    """Pairs of fd and _Handler, without the doorbell."""
-    return [(fd, handler) for fd, handler in enumerate(loop.table.handlers)
-            if handler is not None and fd != loop.queue.door.reader]
-
-
-cdef int _close_file(object file) except -1:
-    if isinstance(file, int):
-        if close(fd_number(file)) == -1 and errno != EBADF:
-            PyErr_SetFromErrno(OSError)
-        return 0
-    try:
-        file.close()
-    except OSError as error:
-        if error.errno != EBADF:
-            raise
-
-
-cdef int _registered_number(_Table table, object file) except -2:
-    """The fd that `file` is registered as, or -1; whatever its fileno() does."""
-    cdef _Handler handler
-    cdef object error = None
-    cdef int number = -1
-    try:
-        number = fd_number(file)
-    except (OSError, OverflowError, ValueError):
-        pass  # as of a closed file
-    except Exception as raised:
-        error = raised
-    if not isinstance(file, int) and (
-            _slot(table, number) == NULL or
-            (<_Handler>peek(table.handlers, number)).file is not file):
-        for handler in table.handlers:
-            if handler is not None and handler.file is file:
-                return handler.number
-    if error is not None:
-        raise error
-    return number if _slot(table, number) != NULL else -1
-
-
-cdef int _keep_events(IOLoop loop, int first, int n) except -1:
-    """Keep what is not delivered yet and the poller would not report again."""
-    cdef _Poller poller = loop.poller
-    cdef _Slot *slot
-    cdef int i
-    poller.kept = 0
-    for i in range(first, n):
-        slot = _slot(loop.table, poller.ready[i].fd)
-        if slot != NULL and (poller.foreign or slot.events & (EDGE | ONESHOT)):
-            poller.ready[poller.kept] = poller.ready[i]
-            poller.kept += 1
-
-
-# An epoll set may hold what has no registration: an fd was closed before it was
-# removed, while a duplicate of it lives on.  Nothing can remove it but a new set.
-
-cdef int _renew_poller(IOLoop loop) except -1:
-    """Build the poller's set anew, at most ten times a second."""
-    cdef int64_t now = monotonic()
-    cdef int fd
-    if loop.poller.foreign or (loop.renewed and now - loop.renewed < SECOND // 10):
-        return 0
-    loop.renewed = now
-    for fd in range(<int>loop.table.size):
-        if _slot(loop.table, fd) != NULL:
-            loop.table.slots[fd].lost = _has_lost(loop.poller, fd)
-    try:
-        loop.poller.renew(loop.table)
-    except OSError:
-        return 0  # the old set is as it was, and has one more event to tell
-    return _warn(loop, "a file descriptor was closed before remove_handler() while a "
-                 "duplicate of it is open; the poller was rebuilt without it")
-
-
-cdef int _warn(IOLoop loop, str message) except -1:
-    try:
-        _log().warning(message)
-    except Exception as error:
-        _unraisable(loop, error)
+cdef _Slot *_handler_slot(IOLoop loop, _Handler handler) noexcept:
+    cdef _Slot *slot = loop.table.slot(handler.number)
+    if slot == NULL or (
+            list_peek(loop.table.handlers, handler.number) != <PyObject *>handler):
+        return NULL
+    return slot
 
 
 # -- Pollers -------------------------------------------------------------------
+# The contract: every poller has these methods, in this order.
 #
-# The contract, the same methods in the same order:
-#
-#   leave     in a forked child: let go of the set, which is the parent's
-#   renew     start over with a set of what is registered; else raise and keep the old
+#   abandon   in a forked child: let go of the set, which is the parent's
+#   rebuild   start over with a set of what is registered; else raise and keep the old
 #   open_set  make a new set; return its file descriptor
-#   enclose   put the set into `outer`, another one that somebody else can watch
+#   enclose   put the set into the outer set, which somebody else can watch
 #   add       watch an fd for events, and remember its generation
-#   modify_   watch it for other events
+#   change    watch it for other events
 #   drop      do not watch it; never fails
-#   has_lost  tell whether an fd that was added is another open file now
+#   has_lost  return whether an fd that was added is another open file now, or
+#             closed; false if the kernel does not tell; never fails
 #   wait      fill `ready` with events, each with the generation of its fd, and
 #             return how many; ns is 0 (it keeps the GIL), a time or FOREVER; a
 #             signal means 0 events and `interrupted`
 #   close     free the set; the second time does nothing
 #
-# Events are READ, WRITE, ERROR and whatever bits the kernel knows besides.  An fd with
-# none of them stays in the set, which hears nothing of it, not even a hang-up.
+# Of its fields, a poller sets `set_fd`, `oneshot`, `witness` and `interrupted`.  A new
+# one is named in HAVE_* (with stand-ins), `_poll`, `_poller_is_native`, maybe
+# `_poller_new_witness`, and IOLoop's docstring.
+#
+# Events are READ, WRITE, ERROR and any other bits that the kernel knows.  An fd with
+# none of them stays in the set, which reports nothing of it, not even a hang-up.
 
 cdef struct _Ready:
     int fd
@@ -2861,28 +2574,27 @@ cdef struct _Ready:
 
 cdef class _Poller(_Referable):
     """What the pollers share: the array of events, and Python's view of them."""
-
     cdef dict __dict__
     cdef _Ready *ready
-    cdef int room               # in it
-    cdef int kept               # events at its start not delivered yet
+    cdef int capacity           # of that array
+    cdef int undelivered        # events at its start
     cdef bint foreign           # a Python object's
-    cdef bint taken             # a loop has it
+    cdef bint in_use            # by a loop
     cdef bint interrupted       # the last wait was, by a signal
     cdef bint oneshot           # it knows ONESHOT
-    cdef int handle             # the kernel's, or -1
-    cdef int outer              # a set with nothing in it but `handle`, or -1
-    cdef dict watched           # a kqueue's fds and their filters
+    cdef int set_fd             # the kernel's set, or -1
+    cdef int outer_set_fd       # a set that holds only that one, or -1
+    cdef dict filters           # a kqueue's, by fd
     cdef _Poller witness        # of one that can't tell files apart, or None
 
     def __cinit__(self, *args):
-        self.handle = self.outer = -1
-        self.room = 256
-        self.ready = <_Ready *>reallocate(NULL, self.room * sizeof(_Ready))
+        self.set_fd = self.outer_set_fd = -1
+        self.capacity = 256
+        self.ready = <_Ready *>reallocate(NULL, self.capacity * sizeof(_Ready))
 
     def __dealloc__(self):
         free(self.ready)
-        _close_sets(self)
+        self.close_sets()
 
     def register(self, fd, events):
         """Watch `fd` for `events`."""
@@ -2890,10 +2602,10 @@ cdef class _Poller(_Referable):
 
     def modify(self, fd, events):
         """Watch `fd` for other events."""
-        self.modify_(fd_number(fd), event_mask(events), 0)
+        self.change(fd_number(fd), event_mask(events), 0)
 
     def unregister(self, fd):
-        """Do not watch `fd` any more."""
+        """Stop watching `fd`."""
         self.drop(fd_number(fd))
 
     def poll(self, timeout=-1):
@@ -2902,78 +2614,105 @@ cdef class _Poller(_Referable):
         A negative timeout waits for ever.
         """
         cdef int64_t ns = FOREVER
-        cdef int n
+        cdef list events = []
+        cdef int i, n
         if timeout is not None and timeout >= 0:
             ns = nanoseconds(timeout, True)
         n = self.wait(ns)
         PyErr_CheckSignals()
-        return [(self.ready[i].fd, self.ready[i].events) for i in range(n)]
+        for i in range(n):
+            events.append((self.ready[i].fd, self.ready[i].events))
+        return events
 
     def fileno(self):
         """Return a file descriptor that is readable when there are events."""
-        if self.handle < 0:
+        if self.set_fd < 0:
             raise ValueError("the poller is closed")
-        if self.outer < 0:
-            self.outer = self.open_set()
+        if self.outer_set_fd < 0:
+            self.outer_set_fd = self.open_set()
             try:
                 self.enclose()
             except BaseException:
-                close(self.outer)
-                self.outer = -1
+                close(self.outer_set_fd)
+                self.outer_set_fd = -1
                 raise
-        return self.outer
+        return self.outer_set_fd
 
     def close(self):
         """Close the poller; does nothing the second time."""
         if self.witness is not None:
             self.witness.close()
-        _close_sets(self)
+        self.close_sets()
 
-    cdef int leave(self) except -1:
+    cdef int abandon(self) except -1:
         if self.witness is not None:
-            self.witness.leave()
-        _close_sets(self)
+            self.witness.abandon()
+        self.close_sets()
 
-    cdef int renew(self, _Table table) except -1:
-        cdef int old = self.handle
-        cdef dict watched = self.watched
-        self.handle, self.watched = self.open_set(), {}
+    cdef int rebuild(self, _Table table) except -1:
+        cdef int old = self.set_fd
+        filters = self.filters
+        self.set_fd, self.filters = self.open_set(), {}
         try:
-            _fill(self, table)
-            if self.outer >= 0:
+            self.add_all(table)
+            if self.outer_set_fd >= 0:
                 self.enclose()
         except BaseException:
-            close(self.handle)
-            self.handle, self.watched = old, watched
+            close(self.set_fd)
+            self.set_fd, self.filters = old, filters
             raise
         if old >= 0:
             close(old)
 
-    # The rest of the contract, for a witness that knows nothing but what is open.
+    cdef void close_sets(self) noexcept:
+        if self.set_fd >= 0:
+            close(self.set_fd)
+        if self.outer_set_fd >= 0:
+            close(self.outer_set_fd)
+        self.set_fd = self.outer_set_fd = -1
+
+    cdef bint owns(self, int fd) noexcept:
+        return fd in (self.set_fd, self.outer_set_fd) or (
+            self.witness is not None and self.witness.owns(fd))
+
+    cdef int add_all(self, _Table table) except -1:
+        cdef int fd
+        for fd in range(<int>table.size):
+            slot = &table.slots[fd]
+            if slot.generation and not slot.lost and not self.owns(fd):
+                try:
+                    self.add(fd, 0 if slot.muted else slot.events, slot.generation)
+                except OSError as error:
+                    if error.errno not in (EBADF, EPERM):
+                        raise
+                    # It was closed: the kernel would have dropped it.
+
+    @cython.final
+    cdef int append(self, int n, int fd, uint32_t events, uint32_t label) except -1:
+        """Put the n-th event into the array; return n + 1."""
+        if n == self.capacity:
+            self.ready = <_Ready *>reallocate(self.ready, 2 * n * sizeof(_Ready))
+            self.capacity = 2 * n
+        self.ready[n] = _Ready(fd, events, label)
+        return n + 1
+
+    # The rest of the contract, for a witness that knows nothing but which fds are open.
 
     cdef int open_set(self) except -2: return -1
     cdef int enclose(self) except -1: return 0
     cdef int add(self, int fd, uint32_t events, uint32_t generation) except -1:
         return 0
 
-    cdef int modify_(self, int fd, uint32_t events, uint32_t generation) except -1:
+    cdef int change(self, int fd, uint32_t events, uint32_t generation) except -1:
         return 0
 
     cdef int drop(self, int fd) except -1: return 0
-    cdef bint has_lost(self, int fd) except -1: return check(fcntl(fd, F_GETFD)) < 0
+    cdef bint has_lost(self, int fd) except -1: return fcntl(fd, F_GETFD) == -1
     cdef int wait(self, int64_t ns) except -1: return 0
 
 
-cdef void _close_sets(_Poller poller) noexcept:
-    if poller.handle >= 0:
-        close(poller.handle)
-    if poller.outer >= 0:
-        close(poller.outer)
-    poller.handle = poller.outer = -1
-
-
-cdef bint _is_native(object impl) except -1:
-    """Tell whether it is a poller of ours, with no method of it overridden."""
+cdef bint _poller_is_native(object impl) except -1:
+    """Return whether it is one of ours, with no Python-level method overridden."""
     if not isinstance(impl, (_EPoll, _KQueue, _Select)):
         return False
     for name in ("register", "modify", "unregister", "poll"):
@@ -2982,84 +2721,33 @@ cdef bint _is_native(object impl) except -1:
     return True
 
 
-cdef bint _has_lost(_Poller poller, int fd) except -1:
-    """Tell whether the number is no longer that of the open file that was added."""
-    cdef int error = 0
-    try:
-        return poller.has_lost(fd)
-    except OSError as raised:
-        error = raised.errno
-    # Of one that can't be polled, or of none at all; else nobody knows.
-    return error == EPERM or fcntl(fd, F_GETFD) == -1
-
-
-cdef inline int _note(_Poller poller, int n, int fd, uint32_t events,
-                      uint32_t generation) except -1:
-    """Put the n-th event into the array; return n + 1."""
-    if n == poller.room:
-        poller.ready = <_Ready *>reallocate(poller.ready, 2 * n * sizeof(_Ready))
-        poller.room = 2 * n
-    poller.ready[n].fd, poller.ready[n].events = fd, events
-    poller.ready[n].generation = generation
-    return n + 1
-
-
-cdef int _fill(_Poller poller, _Table table) except -1:
-    """Add all that is registered."""
-    cdef _Slot *slot
-    cdef int fd
-    for fd in range(<int>table.size):
-        slot = &table.slots[fd]
-        if slot.generation and not slot.lost and not _is_own(poller, fd):
-            try:
-                poller.add(fd, 0 if slot.muted else slot.events, slot.generation)
-            except OSError as error:
-                if error.errno not in (EBADF, EPERM):
-                    raise
-                # It was closed: as if the kernel had dropped it.
-
-
-cdef bint _is_own(_Poller poller, int fd) noexcept:
-    return fd in (poller.handle, poller.outer) or (
-        poller.witness is not None and _is_own(poller.witness, fd))
-
-
-cdef inline timespec as_timespec(int64_t ns) noexcept nogil:
-    cdef timespec t
-    t.tv_sec, t.tv_nsec = ns // SECOND, ns % SECOND
-    return t
-
-
-cdef object not_pollable(int fd):
+cdef object _poller_refusal(int fd):
     return PermissionError(
         EPERM, f"fd {fd} can't be polled: a regular file, a directory or a device like "
         "/dev/null is always ready; use it from a callback, or from a thread")
 
 
 # Facts about epoll
-#
 # - What is registered is the open file description behind the fd.  The kernel
 #   drops it when the last duplicate is closed, not when the fd is: hence ENOENT
-#   and EEXIST where the fd's number is used again, and events for an fd that is
+#   and EEXIST when the fd's number is used again, and events for an fd that is
 #   closed.  The 64 bits of data that come back tell which registration it was.
 # - ERR and HUP are always reported, even if nothing is asked for; with ONESHOT just
-#   once, after which the fd stays in the set, where it is not heard.
+#   once, after which the fd stays in the set without being reported.
 # - Regular files get EPERM.
 # - epoll_wait counts in milliseconds, epoll_pwait2 (5.11) in nanoseconds, but a
 #   seccomp filter may refuse it with EPERM, as an old kernel does with ENOSYS.
 
 cdef class _EPoll(_Poller):
     """The poller on Linux's epoll."""
-
     cdef epoll_event *buffer
-    cdef int buffer_room
+    cdef int buffer_capacity
     cdef bint coarse            # there is no epoll_pwait2
 
     def __cinit__(self, *args):
-        self.buffer_room = 256
-        self.buffer = <epoll_event *>reallocate(
-            NULL, self.buffer_room * sizeof(epoll_event))
-        self.handle = self.open_set()
+        self.buffer_capacity = 256
+        self.buffer = <epoll_event *>reallocate(NULL, 256 * sizeof(epoll_event))
+        self.set_fd = self.open_set()
         self.oneshot = True
 
     def __dealloc__(self):
@@ -3069,63 +2757,61 @@ cdef class _EPoll(_Poller):
         return above_stdio(check(epoll_create1(EPOLL_CLOEXEC)))
 
     cdef int enclose(self) except -1:
-        check(_control(self.outer, EPOLL_CTL_ADD, self.handle, READ, 0))
+        check(_epoll_control(self.outer_set_fd, EPOLL_CTL_ADD, self.set_fd, READ, 0))
 
     cdef int add(self, int fd, uint32_t events, uint32_t generation) except -1:
-        if _control(self.handle, EPOLL_CTL_ADD, fd, events, generation) == -1:
+        if _epoll_control(self.set_fd, EPOLL_CTL_ADD, fd, events, generation) == -1:
             if errno == EPERM:
-                raise not_pollable(fd)
+                raise _poller_refusal(fd)
             if errno != EEXIST:
                 PyErr_SetFromErrno(OSError)
-            check(_control(self.handle, EPOLL_CTL_MOD, fd, events, generation))
+            check(_epoll_control(self.set_fd, EPOLL_CTL_MOD, fd, events, generation))
 
-    cdef int modify_(self, int fd, uint32_t events, uint32_t generation) except -1:
-        if _control(self.handle, EPOLL_CTL_MOD, fd, events, generation) == -1:
+    cdef int change(self, int fd, uint32_t events, uint32_t generation) except -1:
+        if _epoll_control(self.set_fd, EPOLL_CTL_MOD, fd, events, generation) == -1:
             if errno != ENOENT:
                 PyErr_SetFromErrno(OSError)
-            check(_control(self.handle, EPOLL_CTL_ADD, fd, events, generation))
+            check(_epoll_control(self.set_fd, EPOLL_CTL_ADD, fd, events, generation))
 
     cdef int drop(self, int fd) except -1:
-        _control(self.handle, EPOLL_CTL_DEL, fd, 0, 0)
+        _epoll_control(self.set_fd, EPOLL_CTL_DEL, fd, 0, 0)
 
     cdef bint has_lost(self, int fd) except -1:
-        # Only the kernel knows: it lets an fd in only if it does not have it.
-        if _control(self.handle, EPOLL_CTL_ADD, fd, 0, 0) == -1:
-            if errno == EEXIST:
-                return False
-            if errno == EPERM:
-                raise not_pollable(fd)
-            PyErr_SetFromErrno(OSError)
+        # Only the kernel knows: it adds an fd only if it does not have it.
+        if _epoll_control(self.set_fd, EPOLL_CTL_ADD, fd, 0, 0) == -1:
+            return errno == EPERM or errno == EBADF and fcntl(fd, F_GETFD) == -1
         return self.drop(fd) == 0
 
     cdef int wait(self, int64_t ns) except -1:
-        cdef epoll_event *event
-        cdef void *buffer
         cdef int i, count, n = 0
-        if self.handle < 0:
+        if self.set_fd < 0:
             raise ValueError("the poller is closed")
         if ns == 0:
-            count = epoll_wait(self.handle, self.buffer, self.buffer_room, 0)
+            count = epoll_wait(self.set_fd, self.buffer, self.buffer_capacity, 0)
         else:
             with nogil:
-                count = _sleep_in_epoll(self, ns)
+                count = _epoll_sleep(self, ns)
         self.interrupted = count == -1 and errno == EINTR
         if self.interrupted:
             return 0
         check(count)
         for i in range(count):
             event = &self.buffer[i]
-            n = _note(self, n, <int><uint32_t>event.data.u64, event.events,
-                      <uint32_t>(event.data.u64 >> 32))
-        if count == self.buffer_room:
-            buffer = realloc(self.buffer, 2 * count * sizeof(epoll_event))
-            if buffer != NULL:  # else the rest of the events comes with the next poll
-                self.buffer, self.buffer_room = <epoll_event *>buffer, 2 * count
+            n = self.append(n, <int><uint32_t>event.data.u64, event.events,
+                            <uint32_t>(event.data.u64 >> 32))
+        if count == self.buffer_capacity:
+            # `ready` first: it is never the smaller one.
+            array = realloc(self.ready, 2 * count * sizeof(_Ready))
+            if array != NULL:
+                self.ready, self.capacity = <_Ready *>array, 2 * count
+                array = realloc(self.buffer, 2 * count * sizeof(epoll_event))
+                if array != NULL:
+                    self.buffer, self.buffer_capacity = <epoll_event *>array, 2 * count
         return n
 
 
-cdef inline int _control(int epoll, int op, int fd, uint32_t events,
-                         uint32_t generation) noexcept nogil:
+cdef inline int _epoll_control(int epoll, int op, int fd, uint32_t events,
+                               uint32_t generation) noexcept nogil:
     cdef epoll_event event
     memset(&event, 0, sizeof(event))
     event.events = events or ONESHOT
@@ -3133,117 +2819,110 @@ cdef inline int _control(int epoll, int op, int fd, uint32_t events,
     return epoll_ctl(epoll, op, fd, &event)
 
 
-cdef int _sleep_in_epoll(_EPoll poller, int64_t ns) noexcept nogil:
-    """epoll_wait, in nanoseconds."""
-    cdef int room = poller.buffer_room, count
+cdef int _epoll_sleep(_EPoll poller, int64_t ns) noexcept nogil:
+    cdef int capacity = poller.buffer_capacity, count
     cdef timespec timeout = as_timespec(max(ns, 0))
     if ns == FOREVER:
-        return epoll_wait(poller.handle, poller.buffer, room, -1)
+        return epoll_wait(poller.set_fd, poller.buffer, capacity, -1)
     if not poller.coarse:
-        count = epoll_wait_ns(poller.handle, poller.buffer, room, &timeout)
+        count = epoll_wait_ns(poller.set_fd, poller.buffer, capacity, &timeout)
         if count >= 0 or (errno != ENOSYS and errno != EPERM):
             return count
         poller.coarse = True
     ns = min(ns, 1000000 * <int64_t>(INT_MAX - 1))
-    return epoll_wait(poller.handle, poller.buffer, room,
+    return epoll_wait(poller.set_fd, poller.buffer, capacity,
                       <int>((ns + 999999) // 1000000))
 
 
 # Facts about kqueue
-#
 # - READ and WRITE are two filters with an event each, merged here.  A filter is
 #   added or deleted by a change; one change a call, since a failing one may leave
 #   those behind it undone.
 # - EV_EOF on the READ filter comes with data still unread: it is READ, and the
 #   end is where read() says so.  On the WRITE filter it is a refused connection
 #   or a reader that has gone: ERROR, and nothing can be written.
-# - The kernel drops the filters of an fd that is closed: to enable or disable one fails
-#   with ENOENT then, which tells that it was lost.  So each fd has a filter, which is
-#   disabled where no event is asked for.
+# - The kernel drops the filters of an fd that is closed: enabling or disabling one
+#   fails with ENOENT then, which tells that the file was lost.  So each fd has a
+#   filter, which is disabled if no event is asked for.
 # - A kqueue is not inherited by a forked child.
 # - Regular files are accepted and always ready; refused here, as by epoll.
-
-cdef enum:
-    DISABLED = 1 << 29          # a READ filter that stands for no event at all
 
 
 cdef class _KQueue(_Poller):
     """The poller on BSD's and macOS's kqueue."""
-
     cdef kevent_t *buffer
-    cdef int buffer_room
+    cdef int buffer_capacity
     cdef int *position          # by fd: its event in `ready`, if that is of this fd
     cdef int positions
 
     def __cinit__(self, *args):
-        self.buffer_room = 256
-        self.buffer = <kevent_t *>reallocate(NULL, self.buffer_room * sizeof(kevent_t))
-        self.handle, self.watched = self.open_set(), {}
+        self.buffer_capacity = 256
+        self.buffer = <kevent_t *>reallocate(NULL, 256 * sizeof(kevent_t))
+        self.set_fd, self.filters = self.open_set(), {}
 
     def __dealloc__(self):
         free(self.buffer)
         free(self.position)
 
-    cdef int leave(self) except -1:
-        self.handle = self.outer = -1  # not inherited: the numbers may be others' now
+    cdef int abandon(self) except -1:
+        self.set_fd = self.outer_set_fd = -1  # not inherited: others' by now
 
     cdef int open_set(self) except -2:
-        cdef int handle = above_stdio(check(kqueue()))
-        check(fcntl(handle, F_SETFD, FD_CLOEXEC))
-        return handle
+        cdef int set_fd = above_stdio(check(kqueue()))
+        check(fcntl(set_fd, F_SETFD, FD_CLOEXEC))
+        return set_fd
 
     cdef int enclose(self) except -1:
-        check(_change(self.outer, self.handle, EVFILT_READ, EV_ADD, 0))
+        check(_kqueue_change(self.outer_set_fd, self.set_fd, EVFILT_READ, EV_ADD, 0))
 
     cdef int add(self, int fd, uint32_t events, uint32_t generation) except -1:
         cdef struct_stat status
-        if fd == self.outer and not _change(fd, self.handle, EVFILT_READ, EV_ENABLE, 0):
+        if fd == self.outer_set_fd and not _kqueue_change(
+                fd, self.set_fd, EVFILT_READ, EV_ENABLE, 0):
             raise OSError(EINVAL, "the loop can't watch itself")
         check(fstat(fd, &status))
         if S_ISREG(status.st_mode) or S_ISDIR(status.st_mode):
-            raise not_pollable(fd)
-        return self.modify_(fd, events, generation)
+            raise _poller_refusal(fd)
+        return self.change(fd, events, generation)
 
-    cdef int modify_(self, int fd, uint32_t events, uint32_t generation) except -1:
+    cdef int change(self, int fd, uint32_t events, uint32_t generation) except -1:
         cdef uint32_t filters = events & (READ | WRITE) or READ | DISABLED
-        cdef uint32_t old = self.watched.get(fd, 0)
+        cdef uint32_t old = self.filters.get(fd, 0)
         cdef short switch = EV_DISABLE if filters & DISABLED else EV_ENABLE
-        cdef int room
+        cdef int positions
         check(fcntl(fd, F_GETFD))
         if fd >= self.positions:
-            room = 2 * (fd + 32)
-            self.position = <int *>reallocate(self.position, room * sizeof(int))
+            positions = 2 * (fd + 32)
+            self.position = <int *>reallocate(self.position, positions * sizeof(int))
             memset(&self.position[self.positions], 0,
-                   (room - self.positions) * sizeof(int))
-            self.positions = room
-        # All or nothing: first those that are wanted, then away with the others.
+                   (positions - self.positions) * sizeof(int))
+            self.positions = positions
+        # All or nothing: first add those that are wanted, then delete the others.
         if filters & WRITE:
-            check(_change(self.handle, fd, EVFILT_WRITE, EV_ADD, generation))
-        if filters & READ and _change(
-                self.handle, fd, EVFILT_READ, EV_ADD | switch, generation) == -1:
+            check(_kqueue_change(self.set_fd, fd, EVFILT_WRITE, EV_ADD, generation))
+        if filters & READ and _kqueue_change(
+                self.set_fd, fd, EVFILT_READ, EV_ADD | switch, generation) == -1:
             try:
                 PyErr_SetFromErrno(OSError)
             finally:
-                if filters & ~old & WRITE:
-                    _change(self.handle, fd, EVFILT_WRITE, EV_DELETE, 0)
-        if old & ~filters & READ:
-            _change(self.handle, fd, EVFILT_READ, EV_DELETE, 0)
-        if old & ~filters & WRITE:
-            _change(self.handle, fd, EVFILT_WRITE, EV_DELETE, 0)
-        self.watched[fd] = filters
+                self.delete(fd, filters & ~old & WRITE)
+        self.delete(fd, old & ~filters)
+        self.filters[fd] = filters
 
     cdef int drop(self, int fd) except -1:
-        cdef uint32_t filters = self.watched.pop(fd, 0)
+        self.delete(fd, self.filters.pop(fd, 0))
+
+    cdef void delete(self, int fd, uint32_t filters) noexcept:
         if filters & READ:
-            _change(self.handle, fd, EVFILT_READ, EV_DELETE, 0)
+            _kqueue_change(self.set_fd, fd, EVFILT_READ, EV_DELETE, 0)
         if filters & WRITE:
-            _change(self.handle, fd, EVFILT_WRITE, EV_DELETE, 0)
+            _kqueue_change(self.set_fd, fd, EVFILT_WRITE, EV_DELETE, 0)
 
     cdef bint has_lost(self, int fd) except -1:
-        cdef uint32_t filters = self.watched.get(fd, 0)
+        cdef uint32_t filters = self.filters.get(fd, 0)
         cdef short which = EVFILT_READ if filters & READ else EVFILT_WRITE
         cdef short as_it_is = EV_DISABLE if filters & DISABLED else EV_ENABLE
-        return _change(self.handle, fd, which, as_it_is, 0) == -1 and (
+        return _kqueue_change(self.set_fd, fd, which, as_it_is, 0) == -1 and (
             errno == ENOENT or errno == EBADF)
 
     cdef int wait(self, int64_t ns) except -1:
@@ -3251,13 +2930,14 @@ cdef class _KQueue(_Poller):
         cdef timespec *limit = NULL if ns == FOREVER else &timeout
         cdef uint32_t events, generation
         cdef int fd, at, i, count, n = 0
-        if self.handle < 0:
+        if self.set_fd < 0:
             raise ValueError("the poller is closed")
         if ns == 0:
-            count = kevent(self.handle, NULL, 0, self.buffer, self.buffer_room, limit)
+            count = kevent(self.set_fd, NULL, 0, self.buffer, self.buffer_capacity,
+                           limit)
         else:
             with nogil:
-                count = kevent(self.handle, NULL, 0, self.buffer, self.buffer_room,
+                count = kevent(self.set_fd, NULL, 0, self.buffer, self.buffer_capacity,
                                limit)
         self.interrupted = count == -1 and errno == EINTR
         if self.interrupted:
@@ -3276,12 +2956,12 @@ cdef class _KQueue(_Poller):
                 self.ready[at].events |= events
             else:
                 self.position[fd] = n
-                n = _note(self, n, fd, events, generation)
+                n = self.append(n, fd, events, generation)
         return n
 
 
-cdef int _change(int kq, int fd, short which, unsigned short flags,
-                 uint32_t generation) noexcept nogil:
+cdef int _kqueue_change(int kq, int fd, short which, unsigned short flags,
+                        uint32_t generation) noexcept nogil:
     cdef kevent_t change
     cdef int rc
     memset(&change, 0, sizeof(change))
@@ -3294,23 +2974,17 @@ cdef int _change(int kq, int fd, short which, unsigned short flags,
 
 
 # Facts about select
-#
-# - An fd_set is a bit array of FD_SETSIZE: a larger fd would be written to
-#   somewhere else in memory.
+# - An fd_set is a bit array of FD_SETSIZE: a larger fd would be written elsewhere in
+#   memory.
 # - One closed fd fails the whole call with EBADF, and it does not say which.
-# - What is watched is whatever the number refers to now.  Whether that is the file that
-#   was added, no property of it tells: a witness does, another poller that has the same
-#   fds and is never asked for events.
+# - It watches whatever file has the number now.  No property of a file tells whether it
+#   is the one that was added: a witness does, another poller that has the same fds and
+#   is never asked for events.
 # - It knows no hang-up: a closed peer is READ, a refused connection READ | WRITE.
 # - Exceptional conditions are out-of-band data: PRI.
 
-cdef struct _Watched:
-    bint known
-    uint32_t generation
-
-
-cdef _Poller _new_witness():
-    """A poller that is never asked for events; one that knows nothing if need be."""
+cdef _Poller _poller_new_witness():
+    """One that can tell files apart, or at least which fds are open."""
     try:
         return _EPoll() if HAVE_EPOLL else _KQueue() if HAVE_KQUEUE else _Poller()
     except OSError as error:
@@ -3321,20 +2995,18 @@ cdef _Poller _new_witness():
 
 cdef class _Select(_Poller):
     """The poller on select(2), for where there is nothing else."""
-
-    cdef _Watched *watched      # by fd
+    cdef int64_t *generations   # by fd, -1 if it is not watched
     cdef fd_set[3] sets         # for READ, WRITE and PRI
     cdef int end                # all fds are below
 
     def __cinit__(self, *args):
-        self.watched = <_Watched *>calloc(FD_SETSIZE, sizeof(_Watched))
-        if self.watched == NULL:
-            raise MemoryError
+        self.generations = <int64_t *>reallocate(NULL, FD_SETSIZE * sizeof(int64_t))
+        memset(self.generations, -1, FD_SETSIZE * sizeof(int64_t))
         memset(self.sets, 0, sizeof(self.sets))
-        self.witness = _new_witness()
+        self.witness = _poller_new_witness()
 
     def __dealloc__(self):
-        free(self.watched)
+        free(self.generations)
 
     def fileno(self):
         """Raise io.UnsupportedOperation: select has no file descriptor."""
@@ -3344,39 +3016,37 @@ cdef class _Select(_Poller):
     def close(self):
         """Forget everything."""
         _Poller.close(self)
-        memset(self.watched, 0, FD_SETSIZE * sizeof(_Watched))
         memset(self.sets, 0, sizeof(self.sets))
         self.end = 0
 
-    cdef int renew(self, _Table table) except -1:
+    cdef int rebuild(self, _Table table) except -1:
         cdef int fd
-        self.witness.renew(table)
+        self.witness.rebuild(table)
         for fd in range(self.end):
-            if _slot(table, fd) == NULL:
+            if table.slot(fd) == NULL:
                 self.drop(fd)
-        return _fill(self, table)
+        return self.add_all(table)
 
     cdef int add(self, int fd, uint32_t events, uint32_t generation) except -1:
         if fd >= FD_SETSIZE:
-            raise ValueError(f"fd {fd} is too large for select: "
-                             f"FD_SETSIZE is {FD_SETSIZE}")
+            raise ValueError(f"fd {fd} is not below select's limit, {FD_SETSIZE}")
         self.witness.add(fd, 0, 0)
-        self.put(fd, events)
-        self.watched[fd].known, self.watched[fd].generation = True, generation
+        self.select(fd, events)
+        self.generations[fd] = generation
         self.end = max(self.end, fd + 1)
 
-    cdef int modify_(self, int fd, uint32_t events, uint32_t generation) except -1:
+    cdef int change(self, int fd, uint32_t events, uint32_t generation) except -1:
         return self.add(fd, events, generation)
 
     cdef int drop(self, int fd) except -1:
         if fd < FD_SETSIZE:
             self.witness.drop(fd)
-            self.put(fd, 0)
-            self.watched[fd].known = False
-        while self.end and not self.watched[self.end - 1].known:
+            self.select(fd, 0)
+            self.generations[fd] = -1
+        while self.end and self.generations[self.end - 1] < 0:
             self.end -= 1
 
-    cdef void put(self, int fd, uint32_t events) noexcept:
+    cdef void select(self, int fd, uint32_t events) noexcept:
         cdef uint32_t *bits = [READ, WRITE, PRI]
         cdef int i
         for i in range(3):
@@ -3385,25 +3055,24 @@ cdef class _Select(_Poller):
             else:
                 FD_CLR(fd, &self.sets[i])
 
-    cdef bint has_lost(self, int fd) except -1:
-        return _has_lost(self.witness, fd)
+    cdef bint has_lost(self, int fd) except -1: return self.witness.has_lost(fd)
 
     cdef int wait(self, int64_t ns) except -1:
         cdef fd_set reads = self.sets[0], writes = self.sets[1], others = self.sets[2]
         cdef timespec timeout = as_timespec(max(ns, 0))
         cdef timespec *limit = NULL if ns == FOREVER else &timeout
         cdef int fd, n = 0, count, end = self.end
-        cdef uint32_t events
+        cdef uint32_t events, generation
         with nogil:
             count = pselect(end, &reads, &writes, &others, limit, NULL)
         self.interrupted = count == -1 and errno == EINTR
         if self.interrupted:
             return 0
         if count == -1 and errno == EBADF:
-            # One was closed.  Each of those is dropped, and told so by one ERROR.
+            # One was closed.  Each such fd is dropped, and its handler told by ERROR.
             for fd in range(end):
-                if self.watched[fd].known and _has_lost(self.witness, fd):
-                    n = _note(self, n, fd, ERROR, self.watched[fd].generation)
+                if self.generations[fd] >= 0 and self.witness.has_lost(fd):
+                    n = self.append(n, fd, ERROR, <uint32_t>self.generations[fd])
                     self.drop(fd)
             return n
         check(count)
@@ -3411,26 +3080,26 @@ cdef class _Select(_Poller):
             events = (READ if FD_ISSET(fd, &reads) else 0) | (
                 WRITE if FD_ISSET(fd, &writes) else 0) | (
                 PRI if FD_ISSET(fd, &others) else 0)
-            if events and _has_lost(self.witness, fd):
+            generation = <uint32_t>self.generations[fd]
+            if events and self.witness.has_lost(fd):
                 self.drop(fd)
                 events = ERROR
             if events:
-                n = _note(self, n, fd, events, self.watched[fd].generation)
+                n = self.append(n, fd, events, generation)
         return n
 
 
 # A Python object given as `impl`.  Its events have no generation: they are for
-# whoever has the fd when they are collected.  What it does not know either, whether a
-# number was closed and used again, a witness does.
+# the registration that the fd has when they are collected.  It doesn't know either
+# whether a number was closed and used again; a witness does.
 
 @cython.final
-@cython.internal
 cdef class _Foreign(_Poller):
 
     cdef object impl
     cdef _Table table
 
-    def __cinit__(self, impl):
+    def __cinit__(self, impl, _Table table not None):
         if isinstance(impl, type):
             raise TypeError(f"impl is a poller, not a class: {impl!r}")
         for name in ("register", "modify", "unregister", "poll"):
@@ -3442,9 +3111,9 @@ cdef class _Foreign(_Poller):
                     raise TypeError(f"impl counts in seconds, and {cls.__module__}."
                                     f"{cls.__name__} in milliseconds")
                 break
-        self.impl = impl
+        self.impl, self.table = impl, table
         self.foreign = self.oneshot = True
-        self.witness = _new_witness()
+        self.witness = _poller_new_witness()
 
     def fileno(self):
         if not hasattr(self.impl, "fileno"):
@@ -3458,38 +3127,44 @@ cdef class _Foreign(_Poller):
             self.impl.close()
 
     def reinit(self):
-        """In a forked child: a set of its own, empty."""
+        """In a forked child: get an empty set of its own."""
         if not hasattr(self.impl, "reinit"):
             raise RuntimeError("the poller has no reinit(): make a new IOLoop")
         self.impl.reinit()
 
-    cdef int renew(self, _Table table) except -1:
-        self.witness.renew(table)
-        return _fill(self, table)
+    cdef int rebuild(self, _Table table) except -1:
+        self.witness.rebuild(table)
+        return self.add_all(table)
 
     cdef int add(self, int fd, uint32_t events, uint32_t generation) except -1:
-        if fd >= 1 << 24:  # a kernel would refuse far fewer
+        if fd >= 1 << 24:  # far more than any kernel allows
             raise OverflowError(f"file descriptor too large: {fd}")
-        try:
-            self.witness.add(fd, 0, 0)
-        except OSError:
-            pass  # the impl may know better, or it is no real one
-        if events:
-            try:
-                self.impl.register(fd, events | ERROR)
-            except FileExistsError:
-                self.impl.modify(fd, events | ERROR)
+        return self.tell(
+            fd, events, self.impl.register, FileExistsError, self.impl.modify)
 
-    cdef int modify_(self, int fd, uint32_t events, uint32_t generation) except -1:
-        cdef _Slot *slot = _slot(self.table, fd)
+    cdef int change(self, int fd, uint32_t events, uint32_t generation) except -1:
+        slot = self.table.slot(fd)
         if not events:
             self.drop(fd)
         if not events or slot != NULL and (slot.muted or not slot.events):
             return self.add(fd, events, generation)
+        return self.tell(
+            fd, events, self.impl.modify, FileNotFoundError, self.impl.register)
+
+    cdef int tell(self, int fd, uint32_t events, first, error, second) except -1:
+        self.acquaint(fd)
+        if events:
+            try:
+                first(fd, events | ERROR)
+            except error:
+                second(fd, events | ERROR)
+
+    cdef bint acquaint(self, int fd) except -1:
         try:
-            self.impl.modify(fd, events | ERROR)
-        except FileNotFoundError:
-            self.impl.register(fd, events | ERROR)
+            self.witness.add(fd, 0, 0)
+        except OSError:
+            return False  # the impl may know better, or the fd is not a real one
+        return True
 
     cdef int drop(self, int fd) except -1:
         self.witness.drop(fd)
@@ -3499,15 +3174,12 @@ cdef class _Foreign(_Poller):
             pass  # closed before it was removed, most likely
 
     cdef bint has_lost(self, int fd) except -1:
-        try:
-            return self.witness.has_lost(fd)
-        except OSError:
-            return False
+        return (fcntl(fd, F_GETFD) != -1 and self.witness.has_lost(fd)
+                and self.acquaint(fd))
 
     cdef int wait(self, int64_t ns) except -1:
         cdef int n = 0, fd
         cdef uint32_t events
-        cdef _Slot *slot
         seconds = -1 if ns == FOREVER else <double>ns / SECOND
         self.interrupted = False
         try:
@@ -3517,40 +3189,36 @@ cdef class _Foreign(_Poller):
             return 0
         for number, mask in list(pairs):
             fd, events = fd_number(number), event_mask(mask)
-            slot = _slot(self.table, fd)
+            slot = self.table.slot(fd)
             if slot == NULL:
                 self.drop(fd)
             else:
-                n = _note(self, n, fd, events, slot.generation)
+                n = self.append(n, fd, events, slot.generation)
         return n
 
 
 _poll = _EPoll if HAVE_EPOLL else _KQueue if HAVE_KQUEUE else _Select
 
 
-# -- Watcher -------------------------------------------------------------------
-#
+# -- Watchdog ------------------------------------------------------------------
 # A thread for each run of a loop that has a threshold.  It borrows nothing: the loop
 # counts its iterations and polls in any case, and says when it sleeps.  Four times
-# within the threshold the watcher looks, without the GIL: a loop that is awake and has
-# not moved for four looks is blocked.  It parks while the loop sleeps.
+# within the threshold the watchdog looks, without the GIL: a loop that is awake and
+# has not moved for four looks is blocked.  It parks while the loop sleeps.
 
 cdef enum:
     LOOKS = 4
-    LOOKING = 1             # the watcher waits for the next look,
+    LOOKING = 1             # the watchdog waits for the next look,
     PARKED = 2              # or for the loop to wake up
     PATIENCE = 1            # seconds for an action that is still running
 
 
 @cython.final
-@cython.internal
-cdef class _Watcher:
-    """What the thread shares with the one that runs the loop."""
-
+cdef class _Watchdog:
     cdef IOLoop loop
-    cdef unsigned long ident    # of the loop's thread
+    cdef unsigned long loop_thread_id
     cdef uint64_t seen          # iterations and polls at the last look
-    cdef int quiet              # looks since then that saw no more
+    cdef int quiet_looks        # since then, which saw no more
     cdef bint fatal             # the process is to be killed
     cdef PyThread_type_lock lock
     cdef int waiting            # whoever sets it to 0 releases the lock
@@ -3562,14 +3230,13 @@ cdef class _Watcher:
 
     def __cinit__(self, IOLoop loop not None):
         import threading
-        self.loop, self.ident = loop, loop.thread
+        self.loop, self.loop_thread_id = loop, loop.thread_id
         self.fatal = loop.by_signal and loop.action is None
         self.lock = PyThread_allocate_lock()
         if self.lock == NULL:
             raise MemoryError
         PyThread_acquire_lock_timed(self.lock, -1, 0)
-        self.thread = threading.Thread(
-            target=self.run, name="ioloop watchdog", daemon=True)
+        self.thread = threading.Thread(None, self.run, "ioloop watchdog", daemon=True)
 
     def __dealloc__(self):
         if self.lock != NULL:
@@ -3579,115 +3246,121 @@ cdef class _Watcher:
         cdef bint blocked = True
         while blocked:
             with nogil:
-                blocked = _watch(self)
-            if blocked and not _alert(self):
-                self.quiet = LOOKS - 1  # once more with the next look
+                blocked = self.look()
+            if blocked and not self.report():
+                self.quiet_looks = LOOKS - 1  # once more with the next look
 
     def on_alarm(self, signum, frame):
-        """SIGALRM's handler where the program had one before, whose others are."""
+        """SIGALRM's handler if the program had one before, which gets all others."""
         cdef bint sent = self.sent
         self.sent = False
-        # Python calls this once for all that came meanwhile; each left a byte.
-        if _count_alarms(self.loop) > 1 or not sent:
+        # Python calls this once for several that came; each left a byte in the pipe.
+        if _watchdog_count_alarms(self.loop) > 1 or not sent:
             self.old_handler(signum, frame)
         if sent:
             self.loop.action(signum, frame)
 
+    cdef bint look(self) noexcept nogil:
+        """Look until the loop is found blocked; false if its run is over."""
+        cdef sigset_t alarm
+        cdef uint64_t moves
+        while True:
+            due = self.wait()
+            if load(&self.ended):
+                return False
+            moves = load64(&self.loop.iterations) + load64(&self.loop.polls)
+            if not due or load(&self.loop.queue.inbox.asleep) or moves != self.seen:
+                self.seen, self.quiet_looks = moves, 0
+                continue
+            self.quiet_looks += 1
+            if self.quiet_looks == LOOKS:
+                if self.fatal:
+                    # By SIGALRM, whatever the program has made of it.
+                    sigemptyset(&alarm)
+                    sigaddset(&alarm, SIGALRM)
+                    set_c_handler(SIGALRM, SIG_DFL)
+                    pthread_sigmask(SIG_UNBLOCK, &alarm, NULL)
+                    raise_(SIGALRM)
+                return True
 
-cdef bint _watch(_Watcher self) noexcept nogil:
-    """Look until the loop is found blocked; false if its run is over."""
-    cdef sigset_t alarm
-    cdef uint64_t moves
-    cdef bint due
-    while True:
-        due = _wait_to_look(self)
+    cdef bint wait(self) noexcept nogil:
+        """Wait for the next look (true), or until the loop wakes or ends (false)."""
+        cdef long long us = max(1, self.loop.threshold // (1000 * LOOKS))
+        cdef int how = PARKED if load(&self.loop.queue.inbox.asleep) else LOOKING
+        store(&self.waiting, how)
+        fence()
         if load(&self.ended):
+            us = 0
+        elif how == PARKED and load(&self.loop.queue.inbox.asleep):
+            us = -1
+        if PyThread_acquire_lock_timed(self.lock, us, 0) == 1:
             return False
-        moves = load64(&self.loop.iterations) + load64(&self.loop.polls)
-        if not due or load(&self.loop.queue.door.asleep) or moves != self.seen:
-            self.seen, self.quiet = moves, 0
-            continue
-        self.quiet += 1
-        if self.quiet == LOOKS:
-            if self.fatal:
-                # By SIGALRM, whatever the program has made of it.
-                sigemptyset(&alarm)
-                sigaddset(&alarm, SIGALRM)
-                default_signal(SIGALRM, SIG_DFL)
-                pthread_sigmask(SIG_UNBLOCK, &alarm, NULL)
-                raise_signal(SIGALRM)
-            return True
-
-
-cdef bint _wait_to_look(_Watcher self) noexcept nogil:
-    """Wait for the next look (true), or until the loop wakes or ends (false)."""
-    cdef long long us = max(1, self.loop.threshold // (1000 * LOOKS))
-    cdef int how = PARKED if load(&self.loop.queue.door.asleep) else LOOKING
-    store(&self.waiting, how)
-    fence()
-    if load(&self.ended):
-        us = 0
-    elif how == PARKED and load(&self.loop.queue.door.asleep):
-        us = -1
-    if PyThread_acquire_lock_timed(self.lock, us, 0) == 1:
-        return False
-    if swap(&self.waiting, 0) == 0:  # the lock is just being released
-        PyThread_acquire_lock_timed(self.lock, -1, 0)
-        return False
-    return True
-
-
-cdef void _unpark_watcher(_Watcher self) noexcept nogil:
-    """The loop is awake."""
-    fence()
-    if load(&self.waiting) == PARKED and swap(&self.waiting, 0):
-        PyThread_release_lock(self.lock)
-
-
-cdef bint _alert(_Watcher self) except -1:
-    """Tell of a blocked loop, unless a callback has SIGALRM for itself."""
-    cdef sigaction_t now
-    if not self.loop.by_signal:
-        try:
-            self.loop.log_stack(SIGALRM, sys._current_frames().get(self.ident))
-        except BaseException as error:
-            _unraisable(self.loop, error)
+        if swap(&self.waiting, 0) == 0:  # the lock is just being released
+            PyThread_acquire_lock_timed(self.lock, -1, 0)
+            return False
         return True
-    if load64(&self.loop.iterations) + load64(&self.loop.polls) != self.seen:
-        return True  # it was blocked until we had the GIL
-    sigaction(SIGALRM, NULL, &now)
-    if (_signal.getsignal(SIGALRM) is not self.handler
-            or now.sa_handler != self.action.sa_handler):
-        _count_alarms(self.loop)  # what has come so far is for the handler there
-        return False
-    self.sent = True
-    _signal.pthread_kill(self.ident, SIGALRM)
-    return True
+
+    cdef void unpark(self) noexcept nogil:
+        fence()
+        if load(&self.waiting) == PARKED and swap(&self.waiting, 0):
+            PyThread_release_lock(self.lock)
+
+    cdef bint report(self) except -1:
+        """Report a blocked loop; false while a callback has SIGALRM for itself."""
+        cdef sigaction_t now
+        if not self.loop.by_signal:
+            try:
+                frame = sys._current_frames().get(self.loop_thread_id)
+                self.loop.log_stack(SIGALRM, frame)
+            except BaseException as error:
+                _report_unraisable(self.loop, error)
+            return True
+        if load64(&self.loop.iterations) + load64(&self.loop.polls) != self.seen:
+            return True  # it was blocked until we had the GIL
+        sigaction(SIGALRM, NULL, &now)
+        if (_signal.getsignal(SIGALRM) is not self.handler
+                or now.sa_handler != self.action.sa_handler):
+            _watchdog_count_alarms(self.loop)  # those so far are for the handler there
+            return False
+        self.sent = True
+        _signal.pthread_kill(self.loop_thread_id, SIGALRM)
+        return True
+
+    cdef int restore_alarm(self) except -1:
+        """Restore SIGALRM's handler, unless somebody has set another since."""
+        if self.handler is None or _signal.getsignal(SIGALRM) is not self.handler:
+            return 0
+        if self.old_handler is not None:
+            try:
+                _signal.signal(SIGALRM, self.old_handler)
+            except BaseException:  # of a pending handler, which runs before
+                _signal.signal(SIGALRM, self.old_handler)
+                raise
+        sigaction(SIGALRM, &self.old_action, NULL)
 
 
-cdef int _count_alarms(IOLoop loop) except -1:
-    """How many SIGALRMs the pipe has told of since this was called."""
-    cdef int came
-    _on_doorbell(loop, loop.queue.door.reader, READ, NULL)
-    came, loop.alarms = loop.alarms, 0
-    return came
+cdef int _watchdog_count_alarms(IOLoop loop) except -1:
+    """How many SIGALRMs the pipe has told of since the last call."""
+    cdef int alarms
+    _waker_drain(loop, loop.queue.inbox.reader, READ, NULL)
+    alarms, loop.alarms = loop.alarms, 0
+    return alarms
 
 
-cdef int _set_threshold(IOLoop loop, object seconds, bint by_signal,
-                        object action) except -1:
+cdef int _watchdog_set(IOLoop loop, object seconds, bint by_signal, action) except -1:
     cdef int64_t threshold = 0
     if seconds is not None:
         threshold = nanoseconds(seconds, True)
         if threshold <= 0:
             raise ValueError(f"a threshold must be positive, not {seconds!r}")
-    _stop_watcher(loop)
+    _watchdog_stop(loop)
     loop.threshold, loop.by_signal, loop.action = threshold, by_signal, action
-    if loop.thread != 0:
-        _start_watcher(loop)
+    if loop.thread_id != 0:
+        _watchdog_start(loop)
 
 
-cdef int _start_watcher(IOLoop loop) except -1:
-    cdef _Watcher self
+cdef int _watchdog_start(IOLoop loop) except -1:
+    cdef _Watchdog self
     if loop.threshold == 0:
         return 0
     if loop.by_signal and not loop.has_wakeup_fd:
@@ -3695,29 +3368,29 @@ cdef int _start_watcher(IOLoop loop) except -1:
                            "main thread only")
     if type(sys.modules["_thread"].start_new_thread) is not type(len):
         raise RuntimeError("a blocking threshold needs threads that are not patched")
-    self = _Watcher(loop)
+    self = _Watchdog(loop)
     if loop.action is not None:
         sigaction(SIGALRM, NULL, &self.old_action)
         self.old_handler = _signal.getsignal(SIGALRM)
         handler = self.on_alarm if callable(self.old_handler) else loop.action
-        _signal.signal(SIGALRM, handler)  # which runs pending handlers before
-        _count_alarms(loop)
+        _signal.signal(SIGALRM, handler)  # runs pending handlers before
+        _watchdog_count_alarms(loop)
         self.handler = handler
         sigaction(SIGALRM, NULL, &self.action)
-    loop.watcher = self
+    loop.watchdog = self
     try:
         self.thread.start()
     except BaseException:
-        _stop_watcher(loop)
+        _watchdog_stop(loop)
         raise
 
 
-cdef int _stop_watcher(IOLoop loop) except -1:
-    cdef _Watcher self = loop.watcher
+cdef int _watchdog_stop(IOLoop loop) except -1:
+    cdef _Watchdog self = loop.watchdog
     cdef object error = None
     if self is None:
         return 0
-    loop.watcher = None
+    loop.watchdog = None
     store(&self.ended, 1)
     fence()
     if swap(&self.waiting, 0):
@@ -3734,168 +3407,149 @@ cdef int _stop_watcher(IOLoop loop) except -1:
             raise error
         PyErr_CheckSignals()  # while their handler is there
         if self.sent and hasattr(_signal, "sigtimedwait"):
-            _signal.sigtimedwait((SIGALRM,), 0)  # a blocked one is not to come later
+            _signal.sigtimedwait((SIGALRM,), 0)  # a blocked one must not come later
     finally:
-        _restore_alarm(self)
+        self.restore_alarm()
         self.handler = self.thread = None
 
 
-cdef int _restore_alarm(_Watcher self) except -1:
-    """Put back SIGALRM's handler, unless somebody has set another since."""
-    if self.handler is None or _signal.getsignal(SIGALRM) is not self.handler:
-        return 0
-    if self.old_handler is not None:
-        try:
-            _signal.signal(SIGALRM, self.old_handler)
-        except BaseException:  # of a pending handler, which runs before
-            _signal.signal(SIGALRM, self.old_handler)
-            raise
-    sigaction(SIGALRM, &self.old_action, NULL)
-
-
 # -- Forks ---------------------------------------------------------------------
-#
-# A fork copies the memory as it is: so it takes the locks that threads without the GIL
+# A fork copies the memory as it is, so it takes the locks that threads without the GIL
 # may hold, and frees them on both sides.  The list of them is the module's only state
 # in C, since pthread_atfork() passes no argument.  The child gives up what it shares
-# with its parent at once, while the numbers are still those of the loop's files.
+# with its parent at once, while the numbers are still those of the loop's files; then
+# all methods but close() raise RuntimeError until reinit() is called, and a run ends
+# before its next poll.
 
-cdef _Door *_doors = NULL
-cdef pthread_mutex_t _doors_lock
+cdef _Inbox *_fork_inboxes = NULL
+cdef pthread_mutex_t _fork_lock
 
-pthread_mutex_init(&_doors_lock, NULL)
-pthread_atfork(_before_fork, _after_fork, _after_fork)
-
-
-cdef void _before_fork() noexcept nogil:
-    cdef _Door *door
-    pthread_mutex_lock(&_doors_lock)
-    door = _doors
-    while door != NULL:
-        pthread_mutex_lock(&door.lock)
-        door = door.next
+pthread_mutex_init(&_fork_lock, NULL)
+pthread_atfork(_fork_before, _fork_after, _fork_after)
 
 
-cdef void _after_fork() noexcept nogil:
-    cdef _Door *door = _doors
-    while door != NULL:
-        pthread_mutex_unlock(&door.lock)
-        door = door.next
-    pthread_mutex_unlock(&_doors_lock)
+cdef void _fork_before() noexcept nogil:
+    cdef _Inbox *inbox
+    pthread_mutex_lock(&_fork_lock)
+    inbox = _fork_inboxes
+    while inbox != NULL:
+        pthread_mutex_lock(&inbox.lock)
+        inbox = inbox.next
 
 
-cdef void _list_door(_Door *door, bint alive) noexcept nogil:
-    """Enter it into the list, or take it out."""
-    global _doors
-    cdef _Door **link = &_doors
-    pthread_mutex_lock(&_doors_lock)
+cdef void _fork_after() noexcept nogil:
+    cdef _Inbox *inbox = _fork_inboxes
+    while inbox != NULL:
+        pthread_mutex_unlock(&inbox.lock)
+        inbox = inbox.next
+    pthread_mutex_unlock(&_fork_lock)
+
+
+cdef void _fork_list(_Inbox *inbox, bint alive) noexcept nogil:
+    global _fork_inboxes
+    cdef _Inbox **link = &_fork_inboxes
+    pthread_mutex_lock(&_fork_lock)
     if alive:
-        door.next, _doors = _doors, door
+        inbox.next, _fork_inboxes = _fork_inboxes, inbox
     else:
-        while link[0] != door:
+        while link[0] != inbox:
             link = &link[0].next
-        link[0] = door.next
-    pthread_mutex_unlock(&_doors_lock)
+        link[0] = inbox.next
+    pthread_mutex_unlock(&_fork_lock)
 
 
-def _after_fork_in_child():
-    outer = {}  # by our wakeup fds: those in whose place they are
-    loops = [reference() for reference in list(_loops.values())]
-    for _ in loops:  # one that runs inside of others has to be the first
-        for loop in loops:
-            if loop is not None and (<IOLoop>loop).watcher is not None:
-                _restore_alarm((<IOLoop>loop).watcher)
-    for loop in loops:
+def _fork_in_child():
+    """Let go of what is the parent's: files, the wakeup fd and SIGALRM's handler."""
+    cdef IOLoop loop
+    cdef dict outer = {}  # wakeup fds by ours, which took their place
+    cdef list loops = []
+    for loop in map(ref.__call__, list(_loops.values())):
         if loop is not None:
-            _orphan(loop, outer)
+            loops.append(loop)
+    for _ in loops:  # the innermost has to be the first
+        for loop in loops:
+            if loop.watchdog is not None:
+                loop.watchdog.restore_alarm()
+    for loop in loops:
+        if loop.has_wakeup_fd:
+            outer[loop.queue.inbox.writer] = loop.outer_wakeup_fd
+        loop.forked = True
+        loop.has_wakeup_fd = False
+        loop.watchdog = None
+        store(&loop.queue.inbox.asleep, 0)
+        loop.table.forget(loop.queue.inbox.reader)
+        _waker_close(loop.queue.inbox)
+        loop.poller.abandon()
     if outer:
         fd = _signal.set_wakeup_fd(-1)
         while fd in outer:
             fd = outer.pop(fd)
-        _swap_wakeup_fd(fd)
+        _wakeup_swap(fd, True)
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+os.register_at_fork(after_in_child=_fork_in_child)
 
 
-cdef int _orphan(IOLoop loop, dict outer) except -1:
-    """Let go of what is the parent's."""
-    cdef _Door *door = loop.queue.door
-    if loop.has_wakeup_fd:
-        outer[door.writer] = loop.outer_wakeup
-    loop.forked = True
-    loop.has_wakeup_fd = False
-    store(&door.asleep, 0)
-    _forget(loop.table, door.reader)
-    _close_bell(door)
-    loop.poller.leave()
-    loop.watcher = None
-
-
-cdef int _reinit(IOLoop loop) except -1:
+cdef int _fork_reinit(IOLoop loop) except -1:
     """Replace what a child shared with its parent."""
-    cdef _Door *door = loop.queue.door
-    cdef _Handler handler
+    cdef _Inbox *inbox = loop.queue.inbox
     cdef int fd
     if loop.poller.foreign:
         (<_Foreign>loop.poller).reinit()
-    _open_door(door)
-    loop.poller.renew(loop.table)
-    loop.poller.kept = 0  # the new set tells of them again
+    _waker_open(inbox)
+    loop.poller.rebuild(loop.table)
+    loop.poller.undelivered = 0  # the new set reports them again
     # The child may have closed what it has handlers for: these numbers are ours now.
     for fd in range(<int>loop.table.size):
-        if fd in (door.reader, door.writer) or _is_own(loop.poller, fd):
-            _forget(loop.table, fd)
-    _add_doorbell(loop)
-    if loop.thread != 0 and loop.thread != get_thread():
+        if fd in (inbox.reader, inbox.writer) or loop.poller.owns(fd):
+            loop.table.forget(fd)
+    _waker_register(loop)
+    if loop.thread_id != 0 and loop.thread_id != get_thread_id():
         # The thread that ran the loop is not in this child: end what it had begun.
-        loop.thread = loop.timers.thread = 0
-        loop.outer = None
+        loop.thread_id = loop.timers.thread_id = 0
+        loop.outer_loop = None
         loop.timers.passing = False
-        _add_late(loop.timers)
-        # It may have been inside of a context, which nobody will leave now.
-        loop.blank = new_context()
-        for _, handler in _registrations(loop):
-            if handler.context is not None:
-                handler.context = handler.context.copy()
+        loop.timers.add_deferred()
+        # It may have been inside a context, which nobody will leave now.
+        loop.empty_context = Context()
+        for handler in _table_handlers(loop):
+            if (<_Handler>handler).context is not None:
+                (<_Handler>handler).context = (<_Handler>handler).context.copy()
     loop.forked = False
-    if loop.thread != 0:
-        _take_wakeup_fd(loop)
-        _start_watcher(loop)
+    if loop.thread_id != 0:
+        _wakeup_take(loop)
+        _watchdog_start(loop)
     else:
-        _doze(loop)
+        _waker_go_idle(loop)
 
 
-# -- The C-level door ----------------------------------------------------------
-#
-# Documented in ioloop.pxd.
+# -- C API ---------------------------------------------------------------------
+# Documented in ioloop.pxd.  Its `ioloop_door_v1` is an _Inbox.
 
 cdef int c_add_handler(object loop, int fd, uint32_t events, ioloop_handler_v1 function,
                        void *arg, object owner) except -1:
-    _check_thread(<IOLoop?>loop)
+    _loop_check_thread(<IOLoop?>loop)
     if function == NULL:
         raise ValueError("the function is NULL")
-    return _add_handler(<IOLoop>loop, fd_number(fd), events, function, arg,
-                        _Handler.__new__(_Handler, fd, owner, None))
+    return _table_add(<IOLoop>loop, fd_number(fd), events, function, arg,
+                      _Handler.__new__(_Handler, fd, owner, None))
 
 
 cdef int c_update_handler(object loop, int fd, uint32_t events) except -1:
-    _check_thread(<IOLoop?>loop)
-    return _update_handler(<IOLoop>loop, fd_number(fd), events)
+    _loop_check_thread(<IOLoop?>loop)
+    return _table_update(<IOLoop>loop, fd_number(fd), events)
 
 
 cdef int c_remove_handler(object loop, int fd) except -1:
-    if not _is_closed(<IOLoop?>loop):
-        _check_thread(<IOLoop>loop)
-        if fd != (<IOLoop>loop).queue.door.reader:
-            _remove_handler(<IOLoop>loop, fd)
+    if not (<IOLoop?>loop).closed:
+        _loop_check_thread(<IOLoop>loop)
+        if fd != (<IOLoop>loop).queue.inbox.reader:
+            _table_remove(<IOLoop>loop, fd)
 
 
 @cython.final
-@cython.internal
-cdef class _Timer:
-    """A timer of the door: a call that knows its timeout."""
-
+cdef class _CTimer:
+    # A call that knows its timeout.
     cdef ioloop_callback_v1 function
     cdef void *arg
     cdef object owner
@@ -3905,8 +3559,8 @@ cdef class _Timer:
 
 cdef object c_new_timer(object loop, ioloop_callback_v1 function, void *arg,
                         object owner):
-    cdef _Timer timer = _Timer.__new__(_Timer)
-    _check_open(<IOLoop?>loop)
+    cdef _CTimer timer = _CTimer.__new__(_CTimer)
+    _loop_check_open(<IOLoop?>loop)
     if function == NULL:
         raise ValueError("the function is NULL")
     timer.function, timer.arg, timer.owner = function, arg, owner
@@ -3916,166 +3570,231 @@ cdef object c_new_timer(object loop, ioloop_callback_v1 function, void *arg,
 
 
 cdef int c_start_timer(object timer, int64_t delay) except -1:
-    cdef _Timer self = <_Timer?>timer
+    cdef _CTimer self = <_CTimer?>timer
+    cdef _Timers timers = self.timers
     cdef int64_t deadline
-    cdef _Entry entry
-    if self.timers is None or self.timers.closed:
+    if timers is None or timers.closed:
         raise RuntimeError("IOLoop is closed")
-    _check_owner(self.timers)
-    deadline = later(_now(self.timers), delay)
-    while self.timers.spares == 0:
-        _grow_timers(self.timers)  # here: it may run what starts or stops the timer
-    if self.timers.closed:
+    timers.check_thread()
+    deadline = add_times(timers.now(), delay)
+    while timers.free == 0:  # here, since it may run what starts or stops the timer
+        timers.resize(2 * timers.capacity + 64)
+    if timers.closed:
         raise RuntimeError("IOLoop is closed")
+    if self.timeout.timers != NULL and not timers.passing:
+        # Move it within the heap: cancelled and armed at once.
+        return timers.place(self.timeout, self.timeout.index, deadline)
     if self.timeout.timers != NULL:
-        if not self.timers.passing:
-            # Cancel and arm at once.
-            entry.deadline, entry.timeout = deadline, <PyObject *>self.timeout
-            self.timeout.stamp = self.timers.added
-            self.timers.added += 1
-            _sift(self.timers.heap, self.timers.count, self.timeout.index, entry)
-            return _tell_nearer(self.timers, self.timeout)
-        _extract(self.timers, self.timeout.index)
-        _release(self.timers, self.timeout)
-    return _arm(self.timers, self.timeout, deadline, self)
+        timers.extract(self.timeout.index)
+        timers.release(self.timeout)
+    return timers.arm(self.timeout, deadline, self)
 
 
 cdef int c_stop_timer(object timer) except -1:
-    cdef _Timer self = <_Timer?>timer
+    cdef _CTimer self = <_CTimer?>timer
     if self.timers is not None and not self.timers.closed:
-        _check_owner(self.timers)
-        _cancel(self.timeout)
+        self.timers.check_thread()
+        _timers_cancel(self.timeout)
 
 
 cdef int c_add_callback(object loop, ioloop_callback_v1 function, void *arg) except -1:
     cdef int error
-    _check_open(<IOLoop?>loop)
-    error = c_post((<IOLoop>loop).queue.door, function, arg)
-    if error == EINVAL:
-        raise ValueError("the function is NULL")
+    _loop_check_open(<IOLoop?>loop)
+    error = c_post((<IOLoop>loop).queue.inbox, function, arg)
     if error:
-        raise OSError(error, os.strerror(error))
+        raise (ValueError("the function is NULL") if error == EINVAL
+               else OSError(error, os.strerror(error)))
 
 
 cdef ioloop_door_v1 *c_door(object loop) except NULL:
-    _check_open(<IOLoop?>loop)
-    return (<IOLoop>loop).queue.door
+    _loop_check_open(<IOLoop?>loop)
+    return (<IOLoop>loop).queue.inbox
 
 
-# -- Entrances -----------------------------------------------------------------
-#
-# The methods that take a callable and its arguments, once more, with CPython's fastest
-# calling convention: they replace those of the class, which serve the limited API and
-# hold the docstrings.  Their own parameters may be given by name as well.
+cdef int c_post(ioloop_door_v1 *door, ioloop_callback_v1 function,
+                void *arg) noexcept nogil:
+    """Queue a C callback from any thread, without the GIL; return 0 or an errno."""
+    cdef _Inbox *inbox = <_Inbox *>door
+    cdef int error = 0
+    cdef _Post *post
+    cdef uint64_t number = 0
+    if function == NULL:
+        return EINVAL
+    pthread_mutex_lock(&inbox.lock)
+    if inbox.closed:
+        error = ESHUTDOWN
+    elif inbox.tail - inbox.head == inbox.capacity and not _inbox_grow(inbox):
+        error = ENOMEM
+    else:
+        post = &inbox.posts[inbox.tail & (inbox.capacity - 1)]
+        post.function, post.arg, post.calls_before = function, arg, load64(&inbox.calls)
+        number = inbox.tail
+        store64(&inbox.tail, number + 1)
+    pthread_mutex_unlock(&inbox.lock)
+    if error:
+        return error
+    fence()
+    error = _waker_signal(inbox)
+    if error:
+        # Take it back, unless the loop runs it or another post is behind it.
+        pthread_mutex_lock(&inbox.lock)
+        if inbox.tail == number + 1 and inbox.head <= number:
+            store64(&inbox.tail, number)
+        pthread_mutex_unlock(&inbox.lock)
+    return error
 
-_replaced = {}  # by name: the method of the class, and the names of its parameters
+
+# -- Fast methods --------------------------------------------------------------
+# The methods of IOLoop that take a callable and its arguments, for every build.
+# Cython's own calling convention makes a dict for **kwargs at every call, a third of
+# add_callback's time; this is the one that CPython specialises for (METH_FASTCALL).
+# The class has their signatures and docstrings.  Parameters may be passed by keyword.
+
+cdef extern from *:
+    r"""
+    static int ioloop_set_method(PyObject *type, const char *name, const char *doc,
+                                 void *function) {
+        /* As long as the type: until the process ends. */
+        PyMethodDef *def = (PyMethodDef *)calloc(1, sizeof(PyMethodDef));
+        PyObject *method = NULL;
+        int rc = -1;
+        if (def && (def->ml_doc = strdup(doc)) && (def->ml_name = strdup(name))) {
+            def->ml_meth = (PyCFunction)(void (*)(void))function;
+            def->ml_flags = METH_FASTCALL | METH_KEYWORDS;
+            method = PyDescr_NewMethod((PyTypeObject *)type, def);
+        }
+        else
+            PyErr_NoMemory();
+    #ifdef Py_LIMITED_API
+        if (method)
+            rc = PyObject_SetAttrString(type, name, method);
+    #else
+        if (method)  /* the type is immutable for all others */
+            rc = PyDict_SetItemString(((PyTypeObject *)type)->tp_dict, name, method);
+        PyType_Modified((PyTypeObject *)type);
+    #endif
+        Py_XDECREF(method);
+        return rc;
+    }
+    """
+    int set_method "ioloop_set_method"(object type, const char *name, const char *doc,
+                                       void *function) except -1
 
 
-cdef inline object _enter_queue(IOLoop loop, str name, PyObject **args, Py_ssize_t n,
-                                PyObject *names, object context):
+cdef inline object _fast_queue(str name, IOLoop loop, _Object *args, Py_ssize_t n,
+                               _Object names, object context):
     if n < 1:
-        return _by_name(name, loop, args, n, names)
-    _queue_call(loop, <object>args[0], as_tuple(args + 1, n - 1),
-                _keywords(args + n, names), context)
+        (callback,), kwargs = _fast_bind(name, ("callback",), args, n, names)
+        _queue_add(loop, callback, None, kwargs, context)
+    else:
+        _queue_add(loop, <object>args[0], _fast_tuple(args + 1, n - 1),
+                   _fast_keywords(args + n, names), context)
 
 
-cdef object _enter_soon(IOLoop loop, PyObject **args, Py_ssize_t n, PyObject *names):
-    return _enter_queue(loop, "add_callback", args, n, names, capture_context())
-
-
-cdef object _enter_spawn(IOLoop loop, PyObject **args, Py_ssize_t n, PyObject *names):
-    return _enter_queue(loop, "spawn_callback", args, n, names, None)
-
-
-cdef inline object _enter_time(IOLoop loop, str name, _clock_function clock,
-                               PyObject **args, Py_ssize_t n, PyObject *names):
+cdef inline object _fast_time(str name, str parameter, IOLoop loop, bint delay,
+                              _Object *args, Py_ssize_t n, _Object names):
     if n < 2:
-        return _by_name(name, loop, args, n, names)
-    return _time_call(loop, <object>args[0], clock, <object>args[1],
-                      as_tuple(args + 2, n - 2), _keywords(args + n, names))
+        own = (parameter, "callback")
+        (when, callback), kwargs = _fast_bind(name, own, args, n, names)
+        return _timers_call(loop, when, delay, callback, None, kwargs)
+    return _timers_call(loop, <object>args[0], delay, <object>args[1],
+                        _fast_tuple(args + 2, n - 2), _fast_keywords(args + n, names))
 
 
-cdef object _enter_timeout(IOLoop loop, PyObject **args, Py_ssize_t n, PyObject *names):
-    return _enter_time(loop, "add_timeout", _deadline, args, n, names)
+cdef tuple _fast_bind(str name, tuple parameters, _Object *args, Py_ssize_t n,
+                      _Object names):
+    """The method's own arguments, some of them passed by keyword, and the others."""
+    cdef dict kwargs = _fast_keywords(args + n, names) or {}
+    cdef list bound = []
+    for i, parameter in enumerate(parameters):
+        if i < n:
+            bound.append(<object>args[i])
+        elif parameter in kwargs:
+            bound.append(kwargs.pop(parameter))
+        else:
+            raise TypeError(f"{name}() is missing its argument {parameter!r}")
+    return bound, kwargs
 
 
-cdef object _enter_later(IOLoop loop, PyObject **args, Py_ssize_t n, PyObject *names):
-    return _enter_time(loop, "call_later", _delay, args, n, names)
+cdef inline object _fast_tuple(_Object *items, Py_ssize_t n):
+    cdef tuple args
+    if n <= 0:
+        return None
+    args = PyTuple_New(n)
+    for i in range(n):
+        Py_INCREF(<object>items[i])
+        PyTuple_SetItem(args, i, <object>items[i])
+    return args
 
 
-cdef object _enter_at(IOLoop loop, PyObject **args, Py_ssize_t n, PyObject *names):
-    return _enter_time(loop, "call_at", _deadline, args, n, names)
-
-
-cdef object _by_name(str name, IOLoop loop, PyObject **args, Py_ssize_t n,
-                     PyObject *names):
-    """Leave it to the method that was replaced."""
-    cdef dict keywords = _keywords(args + n, names) or {}
-    method, parameters = _replaced[name]
-    for missing in parameters[n:]:
-        if missing not in keywords:
-            raise TypeError(f"{name}() is missing its argument {missing!r}")
-    return method(loop, *[<object>args[i] for i in range(n)], **keywords)
-
-
-cdef inline dict _keywords(PyObject **values, PyObject *names):
+cdef inline dict _fast_keywords(_Object *values, _Object names):
     if names == NULL:
         return None
     return {name: <object>values[i] for i, name in enumerate(<tuple>names)}
 
 
-cdef int _replace(str name, str parameters, void *function) except -1:
-    _replaced[name] = getattr(IOLoop, name), parameters.split(", ")
+cdef object _fast_add_callback(IOLoop loop, _Object *args, Py_ssize_t n, _Object names):
+    return _fast_queue("add_callback", loop, args, n, names, capture_context())
+
+
+cdef object _fast_spawn(IOLoop loop, _Object *args, Py_ssize_t n, _Object names):
+    return _fast_queue("spawn_callback", loop, args, n, names, None)
+
+
+cdef object _fast_add_timeout(IOLoop loop, _Object *args, Py_ssize_t n, _Object names):
+    return _fast_time("add_timeout", "deadline", loop, False, args, n, names)
+
+
+cdef object _fast_call_later(IOLoop loop, _Object *args, Py_ssize_t n, _Object names):
+    return _fast_time("call_later", "delay", loop, True, args, n, names)
+
+
+cdef object _fast_call_at(IOLoop loop, _Object *args, Py_ssize_t n, _Object names):
+    return _fast_time("call_at", "when", loop, False, args, n, names)
+
+
+cdef int _fast_install(str name, str parameters, void *function) except -1:
     doc = f"{name}($self, {parameters}, *args, **kwargs)\n--\n\n"
     doc += getattr(IOLoop, name).__doc__
-    return replace_method(IOLoop, name.encode(), doc.encode(), function)
+    return set_method(IOLoop, name.encode(), doc.encode(), function)
 
 
-_replace("add_callback", "callback", <void *>_enter_soon)
-_replace("add_callback_from_signal", "callback", <void *>_enter_soon)
-_replace("spawn_callback", "callback", <void *>_enter_spawn)
-_replace("add_timeout", "deadline, callback", <void *>_enter_timeout)
-_replace("call_later", "delay, callback", <void *>_enter_later)
-_replace("call_at", "when, callback", <void *>_enter_at)
+_fast_install("add_callback", "callback", <void *>_fast_add_callback)
+_fast_install("add_callback_from_signal", "callback", <void *>_fast_add_callback)
+_fast_install("spawn_callback", "callback", <void *>_fast_spawn)
+_fast_install("add_timeout", "deadline, callback", <void *>_fast_add_timeout)
+_fast_install("call_later", "delay, callback", <void *>_fast_call_later)
+_fast_install("call_at", "when, callback", <void *>_fast_call_at)
 
 
 # -- Invariants ----------------------------------------------------------------
 
 def _verify(IOLoop loop not None):
-    """Raise AssertionError unless the loop's tables agree with each other.
-
-    Called in every iteration of a build with IOLOOP_DEBUG.
-    """
+    """Raise AssertionError unless all tables agree; called with IOLOOP_DEBUG."""
     cdef _Timers timers = loop.timers
     cdef _Queue queue = loop.queue
     cdef _Table table = loop.table
     cdef _Timeout timeout
     cdef Py_ssize_t i, count = 0
     cdef uint64_t n
-    _check_open(loop)
-    _expect(len(timers.calls) == timers.room, "the number of slots")
-    _expect(timers.count + timers.lates + timers.spares == timers.room,
-            "the number of free slots")
+    _loop_check_open(loop)
+    assert len(timers.calls) == timers.capacity, "the number of keys"
+    assert timers.count + timers.deferred + timers.free == timers.capacity, "free keys"
     for i in range(timers.count):
         timeout = <_Timeout>timers.heap[i].timeout
-        _expect(timeout.index == i and timeout.timers == <PyObject *>timers,
-                "a timeout's index")
-        _expect(timers.calls[timeout.slot] is not None, "a timeout's call")
-        _expect(i == 0 or not _precedes(&timers.heap[i], &timers.heap[(i - 1) >> 2]),
-                "the heap's order")
-    for i in range(timers.spares):
-        _expect(timers.calls[timers.spare[i]] is None, "a free slot")
-    _expect(len(queue.ring) == <Py_ssize_t>(queue.mask + 1), "the ring's size")
-    _expect(queue.tail - queue.head <= queue.mask + 1, "the ring's ends")
+        assert timeout.index == i, "a timeout's index"
+        assert timeout.timers == <PyObject *>timers, "a timeout's owner"
+        assert timeout.due == timers.heap[i].deadline, "a timeout's deadline"
+        assert timers.calls[timeout.key] is not None, "a timeout's call"
+        assert i == 0 or not _heap_precedes(
+            &timers.heap[i], &timers.heap[(i - 1) >> 2]), "the heap's order"
+    for i in range(timers.free):
+        assert timers.calls[timers.free_keys[i]] is None, "a free key"
+    assert len(queue.ring) == <Py_ssize_t>(queue.mask + 1), "the ring's size"
+    assert queue.tail - queue.head <= queue.mask + 1, "the ring's ends"
     for n in range(queue.tail, queue.head + queue.mask + 1):
-        _expect(queue.ring[n & queue.mask] is None, "a free slot of the ring")
+        assert queue.ring[n & queue.mask] is None, "a free place in the ring"
     for i in range(table.size):
-        _expect((table.slots[i].generation != 0) == (table.handlers[i] is not None),
-                "an fd's slot and its handler")
+        assert (table.slots[i].generation != 0) == (table.handlers[i] is not None), i
         count += table.slots[i].generation != 0
-    _expect(count == table.count, "the number of handlers")
-
-
-cdef int _expect(bint true, str what) except -1:
-    if not true:
-        raise AssertionError(f"ioloop: {what} is wrong")
+    assert count == table.count, "the number of handlers"
