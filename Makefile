@@ -1,43 +1,73 @@
-# make demo    the echo server of examples/, driven by a real client
-# make test    the whole suite but the slow tests
-# make test-all  those too, and lint, sanitize and leaks
-# make bench   the benchmarks; make bench-smoke shows that they run
-# make lint    Cython, C and Python, with every warning an error
+# make demo      the echo server of examples/, driven by a real client
+# make test      the whole suite but the slow tests
+# make test-all  those too, and lint, abi3, sanitize and leaks
+# make dev       a build that checks itself, for the loop of editing and testing:
+#                make dev ARGS=tests/test_timeouts.py
+# make coverage  the lines of ioloop.pyx that the suite runs
+# make bench     the benchmarks; make bench-smoke shows that they run
+# make rows      writes the column "tests" of the table in tests/README.md
+# make lint      Cython, C and Python, with every warning an error
+# make abi3      the wheel for CPython 3.11 and later, in build/wheel, and its symbols
 # make sanitize  the tests under ASan, UBSan, TSan and valgrind (tests/sanitize.sh)
-# make leaks   reference counts on a debug interpreter (tests/leaks.py)
-# make clean   removes all that the others made
+# make leaks     reference counts on a debug interpreter (tests/leaks.py)
+# make clean     removes all that the others made
+#
+# All of it stays in this directory: nothing is installed in the system.
 #
 # PYTHON=python3.12 VENV=.venv-3.12 chooses another interpreter, ARGS= goes to pytest;
-# IOLOOP_DEBUG=1 VENV=.venv-debug tests a build that checks itself (see setup.py).
+# IOLOOP_ABI3=1 VENV=.venv-abi3 tests another build of the module (see setup.py), and
+# MODULE=build/wheel/ioloop-....whl a wheel instead of the sources.
 
 PYTHON ?= python3
 VENV ?= .venv
+MODULE ?= .
 ARGS ?=
 DEBUG_PYTHON ?= python3.11-dbg
 
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
 SOURCES = setup.py pyproject.toml ioloop.pyx ioloop.pxd $(wildcard ioloop-stubs/*)
+PLATLIB = -c 'import sysconfig; print(sysconfig.get_path("platlib"))'
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all bench bench-smoke lint sanitize leaks clean
+.PHONY: demo test test-all dev coverage bench bench-smoke rows lint abi3 sanitize \
+    leaks clean
 
 demo: $(VENV)/module
 	$(BIN)/python examples/echo_demo.py
 
-test: $(VENV)/test
+test: $(VENV)/module $(VENV)/test
 	$(BIN)/pytest -m "not slow" $(ARGS)
 
-test-all: $(VENV)/test
+test-all: $(VENV)/module $(VENV)/test
 	IOLOOP_TEST_TIMEOUT=300 $(BIN)/pytest
-	$(MAKE) lint sanitize leaks
+	$(MAKE) lint abi3 sanitize leaks
 
-bench: $(VENV)/bench
+# In place of the module that is installed in an environment of its own.  Not in the
+# source tree, where every python that is started there would find it first.
+dev: export IOLOOP_DEBUG = 1
+dev:
+	test -e .venv-dev/module || $(MAKE) VENV=.venv-dev .venv-dev/module .venv-dev/test
+	.venv-dev/bin/python setup.py --quiet build_ext \
+	    --build-lib "$$(.venv-dev/bin/python $(PLATLIB))"
+	$(if $(ARGS),.venv-dev/bin/pytest $(ARGS))
+
+coverage: export IOLOOP_COVERAGE = 1
+coverage:
+	$(MAKE) VENV=.venv-coverage .venv-coverage/module .venv-coverage/test
+	find build -name "*.gcda" -exec rm {} +
+	-.venv-coverage/bin/pytest -m "not slow" $(ARGS)
+	$(PYTHON) tests/covered.py
+
+bench: $(VENV)/module $(VENV)/bench
 	$(BIN)/python -m benchmarks $(ARGS)
 
-bench-smoke: $(VENV)/test
+bench-smoke: $(VENV)/module $(VENV)/test
 	$(BIN)/python -m benchmarks --quick
 	$(BIN)/pytest --quiet --benchmark-disable benchmarks/test_primitives.py
+
+rows:
+	$(PYTHON) tests/rows.py
 
 # Cython's performance hints are neither warnings nor errors, so they are looked for.
 lint: $(VENV)/lint
@@ -49,23 +79,30 @@ lint: $(VENV)/lint
 	IOLOOP_WERROR=1 $(BIN)/python setup.py --quiet build_ext
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/codespell
+
+abi3: $(VENV)/lint
+	rm -rf build/wheel
+	IOLOOP_ABI3=1 $(PIP) wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
+	$(BIN)/abi3audit --strict --verbose build/wheel/*.whl
 
 # ARGS: some of address, undefined, thread, valgrind.
-sanitize: $(VENV)/test
+sanitize: $(VENV)/module $(VENV)/test
 	tests/sanitize.sh $(BIN)/python $(ARGS)
 
 # A debug build of CPython comes from the system; without one there is nothing to do.
 leaks: $(VENV)/tools
-	@command -v $(DEBUG_PYTHON) >/dev/null \
-	    || apt-get install --yes $(DEBUG_PYTHON) python3.11-dev >/dev/null 2>&1 || true
-	@if ! command -v $(DEBUG_PYTHON) >/dev/null; then \
-	    echo "leaks: skipped, there is no $(DEBUG_PYTHON) and it can't be installed"; \
+	@if ! $(DEBUG_PYTHON) -c 'import os, sys, sysconfig; sys.gettotalrefcount(); \
+	        os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null; then \
+	    echo "leaks: skipped, since it needs a debug build of CPython with its headers:"; \
+	    echo "    apt install python3-dbg libpython3-dev, or DEBUG_PYTHON=/path/to/one"; \
 	else \
-	    mkdir -p build/leaks && $(BIN)/cython -o build/leaks/ioloop.c ioloop.pyx && \
-	    gcc -shared -fPIC -O1 -g -fvisibility=hidden -w -I$$($(DEBUG_PYTHON) -c \
-	        'import sysconfig; print(sysconfig.get_path("include"))') \
-	        build/leaks/ioloop.c -o build/leaks/ioloop.so && \
-	    PYTHONPATH=build/leaks $(DEBUG_PYTHON) tests/leaks.py; \
+	    set -e; \
+	    $(DEBUG_PYTHON) -m venv --without-pip build/leaks/venv; \
+	    python=build/leaks/venv/bin/python; \
+	    $(PIP) --python $$python install --group build; \
+	    $$python setup.py --quiet build_ext --build-lib build/leaks; \
+	    PYTHONPATH=build/leaks $$python tests/leaks.py; \
 	fi
 
 clean:
@@ -77,18 +114,14 @@ clean:
 
 $(VENV)/tools:
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install "setuptools>=77" "Cython>=3.1,<4"
+	$(PIP) install --upgrade "pip>=25.1"  # the first to know groups
+	$(PIP) install --group build
 	touch $@
 
-$(VENV)/module: $(VENV)/tools $(SOURCES)
-	$(PIP) install --no-build-isolation --no-deps --force-reinstall .
+$(VENV)/module: $(VENV)/tools $(SOURCES) $(filter %.whl,$(MODULE))
+	$(PIP) install --no-build-isolation --no-deps --force-reinstall $(MODULE)
 	touch $@
 
-# The module is there already: what pip adds are the tools that these extras name.
-$(VENV)/test $(VENV)/lint: $(VENV)/%: $(VENV)/module
-	$(PIP) install "ioloop[$*]"
-	touch $@
-
-$(VENV)/bench: $(VENV)/module benchmarks/requirements.txt
-	$(PIP) install --requirement benchmarks/requirements.txt
+$(VENV)/test $(VENV)/lint $(VENV)/bench: $(VENV)/%: $(VENV)/tools pyproject.toml
+	$(PIP) install --group $*
 	touch $@

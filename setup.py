@@ -1,22 +1,29 @@
 """Builds `ioloop`; everything that does not depend on the build is in pyproject.toml.
 
-Switches, by environment variable:
-    IOLOOP_ABI3=1    one file for CPython 3.11 and later (limited API), a little slower
-    IOLOOP_DEBUG=1   assertions, and the module checks itself as it runs
-    IOLOOP_TRACE=1   line tracing, for coverage
-    IOLOOP_WERROR=1  warnings of the C compiler are errors
+The compiler's flags are CPython's own and CFLAGS: what is added here changes neither
+how fast the module is nor what a debugger sees of it.  Switches, by environment
+variable, of which several can be on:
+
+    IOLOOP_ABI3=1         one file for CPython 3.11 and later (limited API), slower
+    IOLOOP_DEBUG=1        assertions, and the module checks itself as it runs
+    IOLOOP_COVERAGE=1     counts what is run, by gcc (tests/covered.py)
+    IOLOOP_FAKE_KQUEUE=1  _KQueue on Linux, on the kqueue() of tests/fake_kqueue.h
+    IOLOOP_SANITIZE=...   gcc's sanitizer: address, undefined or thread
+    IOLOOP_WERROR=1       warnings of the C compiler are errors
 """
 
 import os
+import re
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-switches = [
-    name
-    for name in ("abi3", "debug", "trace", "werror")
-    if os.environ.get(f"IOLOOP_{name.upper()}", "0") not in ("", "0")
-]
+switches = {
+    name: value
+    for name in ("abi3", "debug", "coverage", "fake_kqueue", "sanitize", "werror")
+    if (value := os.environ.get(f"IOLOOP_{name.upper()}", "0")) not in ("", "0")
+}
 
 
 class build_ext_with_pxd(build_ext):
@@ -33,37 +40,55 @@ ioloop = Extension(
     ["ioloop.pyx"],
     depends=["ioloop.pxd"],
     extra_compile_args=[
-        *("-O3", "-g" if "debug" in switches else "-g0"),
         *("-fvisibility=hidden", "-Wall", "-Wextra"),
         # Better no module than one that can't be loaded.
         "-Werror=implicit-function-declaration",
     ],
     py_limited_api="abi3" in switches,
 )
-# Coverage looks for the C file beside the source; elsewhere it would only litter.
-ioloop.cython_c_in_temp = "trace" not in switches
+ioloop.cython_c_in_temp = True  # beside the source, the C file would only litter
 
 if "abi3" in switches:
     ioloop.define_macros += [("Py_LIMITED_API", "0x030B0000")]
+if switches.keys() & {"debug", "coverage", "fake_kqueue", "sanitize"}:
+    # For tests: what is compiled often has to compile fast.
+    ioloop.extra_compile_args += ["-O1", "-g"]
 if "debug" in switches:
     ioloop.define_macros += [("IOLOOP_DEBUG", "1")]
     ioloop.undef_macros += ["NDEBUG"]
-if "trace" in switches:
-    ioloop.cython_directives = {"linetrace": True}
-    ioloop.define_macros += [
-        ("CYTHON_TRACE_NOGIL", "1"),
-        ("CYTHON_USE_SYS_MONITORING", "0"),
-    ]
+if "coverage" in switches:
+    ioloop.extra_compile_args += ["-O0", "--coverage"]
+    ioloop.extra_link_args += ["--coverage", "-Wl,-u,__gcov_dump"]
+if "fake_kqueue" in switches:
+    ioloop.define_macros += [("IOLOOP_FAKE_KQUEUE", "1")]
+    ioloop.include_dirs += ["tests"]
+    ioloop.depends += ["tests/fake_kqueue.h"]
+if sanitizer := switches.get("sanitize"):
+    flag = f"-fsanitize={sanitizer}"
+    ioloop.extra_compile_args += [flag, "-fno-omit-frame-pointer"]
+    ioloop.extra_link_args += [flag]
+    if sanitizer == "undefined":
+        ioloop.extra_compile_args += ["-fno-sanitize-recover=undefined"]
+    if sanitizer == "thread":
+        # It knows no fences.  They order `asleep` against the queue, both of which are
+        # atomics, so that it takes no race for one that is none.
+        ioloop.extra_compile_args += ["-Wno-tsan"]
 if "werror" in switches:
     ioloop.extra_compile_args += ["-Werror"]
 
+# A directory for each kind of build, so that none reuses another's files.
+kind = "-".join(
+    name if value == "1" else f"{name}-{value}" for name, value in switches.items()
+)
+
 setup(
+    version=re.search(
+        r'^__version__ = "(.+)"$', Path("ioloop.pyx").read_text(encoding="utf-8"), re.M
+    )[1],
     ext_modules=[ioloop],
     cmdclass={"build_ext": build_ext_with_pxd},
     options={
-        # A directory for each kind of build, so that none reuses another's files.
-        "build": {"build_base": os.path.join("build", "-".join(switches))},
-        "build_ext": {"force": "trace" in switches},
+        "build": {"build_base": os.path.join("build", kind)},
         "bdist_wheel": {"py_limited_api": "cp311" if "abi3" in switches else False},
     },
 )

@@ -1,5 +1,5 @@
 # cython: language_level=3
-"""A client of the C-level door, for test_cdoor.py: all that ioloop.pxd has.
+"""A client of the C API, for test_cdoor.py: all that ioloop.pxd has.
 
 What takes a `function` calls it from a C callback, with the function as `arg`: the
 caller keeps it alive, if only as the `owner`.

@@ -2,18 +2,13 @@
 
 import contextlib
 import faulthandler
+import functools
 import gc
-import hashlib
-import importlib.machinery
-import importlib.util
 import logging
 import os
 import re
-import shutil
 import signal
-import subprocess
 import sys
-import sysconfig
 import threading
 import time
 from pathlib import Path
@@ -21,15 +16,22 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-# Test modules are imported by path (importlib mode), `helpers` by name.
+# Test modules are imported by path (importlib mode), what they share by name.
 sys.path.insert(0, str(HERE))
 
-import helpers  # noqa: E402
-from support import compile_library  # noqa: E402
+import building  # noqa: E402
+import covered  # noqa: E402
+import processes  # noqa: E402
 
 import ioloop  # noqa: E402
 
+# The file that names the test which runs; it outlives a process that does not end well.
+CURRENT_TEST = os.environ.get("IOLOOP_CURRENT_TEST")
 HANG_SECONDS = float(os.environ.get("IOLOOP_TEST_TIMEOUT", "60"))
+
+
+if os.environ.get("IOLOOP_COVERAGE", "0") != "0":
+    covered.count_before_exit()
 
 
 # -- The hang guard: stacks of all threads on the real stderr, then exit ------
@@ -37,10 +39,46 @@ HANG_SECONDS = float(os.environ.get("IOLOOP_TEST_TIMEOUT", "60"))
 
 def pytest_configure(config):
     config.ioloop_stderr = os.dup(2)
+    # From the first thread on, glibc handles a signal of its own.
+    thread = threading.Thread(target=int)
+    thread.start()
+    thread.join()
 
 
 def pytest_unconfigure(config):
     os.close(config.ioloop_stderr)
+    if CURRENT_TEST:
+        Path(CURRENT_TEST).unlink(missing_ok=True)
+
+
+def pytest_runtest_logstart(nodeid):
+    if CURRENT_TEST:
+        Path(CURRENT_TEST).write_text(nodeid)
+
+
+# -- Rows of the table in README.md -------------------------------------------
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--row",
+        action="append",
+        default=[],
+        metavar="A17",
+        help="only tests of this row of tests/README.md (may be given several times)",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    wanted = set(config.getoption("row"))
+    if not wanted:
+        return
+    chosen, others = [], []
+    for item in items:
+        rows = {row for mark in item.iter_markers("row") for row in mark.args}
+        (chosen if rows & wanted else others).append(item)
+    items[:] = chosen
+    config.hook.pytest_deselected(items=others)
 
 
 # -- Pollers ------------------------------------------------------------------
@@ -76,61 +114,15 @@ class Poller:
             "    spec.loader.exec_module(ioloop)\n"
             f"impl = ioloop.{self.impl.__name__}\n"
         )
-        return helpers.run_python(code, prelude=prelude, **options)
-
-
-def build_fake_kqueue(directory):
-    """Compile ioloop.pyx with fake_kqueue.h, once for each state of the sources."""
-    sources = [HERE.parent / "ioloop.pyx", HERE.parent / "ioloop.pxd"]
-    header = HERE / "fake_kqueue.h"
-    digest = hashlib.sha256(sys.version.encode())
-    for source in [*sources, header]:
-        digest.update(source.read_bytes())
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    target = directory / f"{digest.hexdigest()[:16]}{suffix}"
-    if target.exists():
-        return target
-    for stale in directory.glob(f"*{suffix}"):
-        stale.unlink()
-    work = directory / f"build-{os.getpid()}"
-    work.mkdir()
-    try:
-        for source in sources:
-            shutil.copy(source, work)
-        built = work / target.name
-        include = [sysconfig.get_path("include"), str(HERE)]
-        for command in (
-            [sys.executable, "-m", "cython", "ioloop.pyx"],
-            [
-                *sysconfig.get_config_var("CC").split(),
-                *("-shared", "-fPIC", "-O1", "-g", "-fvisibility=hidden"),
-                "-DIOLOOP_FAKE_KQUEUE=1",
-                *(f"-I{path}" for path in include),
-                *("ioloop.c", "-o", str(built), "-lpthread"),
-            ],
-        ):
-            done = subprocess.run(command, cwd=work, capture_output=True, text=True)
-            if done.returncode:
-                pytest.fail(f"{' '.join(command)}\n{done.stdout}{done.stderr}", False)
-        built.rename(target)
-    finally:
-        shutil.rmtree(work)
-    return target
+        return processes.run_python(code, prelude=prelude, **options)
 
 
 @pytest.fixture(scope="session")
-def fake_kqueue(request):
+def fake_kqueue():
     """The module built with the fake kqueue, as a module object of its own."""
-    path = str(build_fake_kqueue(request.config.cache.mkdir("fake-kqueue")))
     name = "fakekq.ioloop"
-    loader = importlib.machinery.ExtensionFileLoader(name, path)
-    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    loader.exec_module(module)
-    gc.collect()
-    gc.freeze()
-    return module
+    sys.modules[name] = building.load(building.fake_kqueue(), name)
+    return sys.modules[name]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -168,11 +160,21 @@ def loop(make_loop):
     return make_loop()
 
 
+@pytest.fixture
+def warns_unclosed():
+    """`with warns_unclosed():` a loop goes that nobody has closed.
+
+    The abi3 build says nothing then: the limited API has no finalizers for a class.
+    """
+    if building.IS_ABI3:
+        return contextlib.nullcontext
+    return functools.partial(pytest.warns, ResourceWarning, match="unclosed IOLoop")
+
+
 @pytest.fixture(scope="session")
-def shim(tmp_path_factory):
+def shim():
     """A library to preload, which sees the calls that wait and that set timers."""
-    target = tmp_path_factory.mktemp("shim") / "shim.so"
-    return str(compile_library(HERE / "shim.c", target))
+    return str(building.compile_library(HERE / "shim.c"))
 
 
 # -- What a test may not leave behind -----------------------------------------
@@ -291,9 +293,10 @@ def frozen():
 @pytest.fixture(autouse=True)
 def clean(request):
     """After each test all is as before: files, signals, threads, log, loops."""
-    faulthandler.dump_traceback_later(
-        HANG_SECONDS, exit=True, file=request.config.ioloop_stderr
-    )
+    if HANG_SECONDS:
+        faulthandler.dump_traceback_later(
+            HANG_SECONDS, exit=True, file=request.config.ioloop_stderr
+        )
     handler = RecordsHandler()
     logger = logging.getLogger("ioloop")
     logger.addHandler(handler)

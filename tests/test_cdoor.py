@@ -1,71 +1,64 @@
-"""The C-level door: what a Cython or C extension gets from ioloop.pxd.
+"""The C API: what a Cython or C extension gets from ioloop.pxd.
 
 The extensions are built against the ioloop that is installed, once for each state of
 the sources.  cdoor_client.pyx calls every function of the door from Python; for the
 fake kqueue it is loaded once more, bound to that build of the module.
 """
 
-import contextlib
 import ctypes
 import errno
 import gc
-import hashlib
-import importlib.machinery
-import importlib.util
 import os
 import re
 import select
 import shutil
 import signal
 import socket
-import struct
-import subprocess
 import sys
-import sysconfig
 import threading
 import time
 import weakref
-from pathlib import Path
 from unittest import mock
 
 import pytest
-from helpers import (
+from building import (
+    HERE,
+    PXD,
+    c_echo,
+    cached,
+    compile_extension,
+    compile_library,
+    extension,
+    load,
+)
+from fakes import (
     ERROR,
+    FOREVER,
     NONE,
     READ,
     WRITE,
+    Exit,
     FakeClock,
     Recorder,
     ScriptedPoller,
-    child,
+    fail,
     idle,
-    pair,
-    pairs,
-    pipe,
-    run_python,
     run_until,
     turn,
 )
-from support import (
-    FOREVER,
-    Exit,
+from kernel import broken_bell, pair, pairs, pipe, readable
+from processes import (
     Thread,
     assert_shares_gil,
-    broken_bell,
     busy_in_thread,
-    compile_library,
-    fail,
+    child,
     in_thread,
-    readable,
+    run_python,
     sleeping,
+    wait_until,
 )
 
 import ioloop
-
-HERE = Path(__file__).parent
-EXAMPLE = HERE.parent / "examples" / "c_echo"
-PXD = Path(ioloop.__file__).with_name("ioloop.pxd")
-SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
 MS = 1_000_000
 NEVER = 2**63 - 1
@@ -74,83 +67,10 @@ NEVER = 2**63 - 1
 # -- Building ------------------------------------------------------------------
 
 
-def run(*command, **options):
-    done = subprocess.run(
-        [*map(str, command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **options,
-    )
-    if done.returncode:
-        pytest.fail(f"{command}\n{done.stdout}", False)
-
-
-def compile_c(source, directory):
-    run(
-        *sysconfig.get_config_var("CC").split(),
-        *("-shared", "-fPIC", "-O1", "-pthread", "-Wall", "-Werror"),
-        *("-Wno-unused-function", f"-I{sysconfig.get_path('include')}"),
-        *(source, "-o", directory / f"{source.stem}{SUFFIX}"),
-    )
-
-
-def compile_cython(source, directory, include):
-    c_file = directory / f"{source.stem}.c"
-    command = ["-m", "cython", "-Werror", "-I", include, source, "-o", c_file]
-    run(sys.executable, *command, cwd=directory)
-    compile_c(c_file, directory)
-
-
 @pytest.fixture(scope="session")
-def cached(request):
-    """`cached(name, sources, build)`: a directory that `build(directory)` has filled.
-
-    It is kept for as long as the sources, ioloop.pxd and the tools are the same.
-    """
-    cache = request.config.cache.mkdir("cdoor")
-    tools = importlib.import_module("Cython").__version__, sys.version
-
-    def get(name, sources, build):
-        digest = hashlib.sha256(repr(tools).encode())
-        for source in [PXD, *sources]:
-            digest.update(source.read_bytes() if isinstance(source, Path) else source)
-        target = cache / f"{name}-{digest.hexdigest()[:16]}"
-        if not target.exists():
-            for stale in cache.glob(f"{name}-*"):
-                shutil.rmtree(stale)
-            work = cache / f"build-{os.getpid()}"
-            work.mkdir()
-            try:
-                build(work)
-                work.rename(target)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
-        return target
-
-    return get
-
-
-def load(path):
-    """Import an extension from its file, and from there each time anew."""
-    name = path.name.partition(".")[0]
-    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
-    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    gc.collect()
-    gc.freeze()
-    return module
-
-
-@pytest.fixture(scope="session")
-def clients(cached, tmp_path_factory):
+def clients(tmp_path_factory):
     """`clients(module)`: cdoor_client, bound to that build of ioloop."""
-    source = HERE / "cdoor_client.pyx"
-    directory = cached(
-        "client", [source], lambda work: compile_cython(source, work, PXD.parent)
-    )
-    path = directory / f"cdoor_client{SUFFIX}"
+    path = extension(HERE / "cdoor_client.pyx")
     loaded = {}
 
     def get(module):
@@ -614,75 +534,49 @@ def test_delays_without_end(client, timed, log, noting):
     assert log == ["fired"]
 
 
-def test_timer_owner(client, timed):
+@pytest.mark.parametrize("end", ["fired", "stopped", "closed", "cycle"])
+def test_timer_owner(client, make_loop, end):
     """The loop keeps what is armed, and the timer its owner."""
-    owner = Owner()
-    owned = weakref.ref(owner)
-    timer = client.new_timer(timed, owner, owner)
-    del owner
+    clock, owner = FakeClock(), Owner()
+    loop, owned = make_loop(time_func=clock), weakref.ref(owner)
+    timer = client.new_timer(loop, owner, owner)
     client.start_timer(timer, MS)
-    del timer
-    gc.collect()
-    assert owned() is not None
-    advance(timed, 2 * MS)
-    assert owned() is None
-
-    owner = Owner()
-    owned = weakref.ref(owner)
-    timer = client.new_timer(timed, owner, owner)
-    del owner
-    client.start_timer(timer, MS)
-    client.stop_timer(timer)
-    assert owned() is not None
-    del timer
-    assert owned() is None
-
-
-def test_timer_owner_at_close(client, loop):
-    owner = Owner()
-    owned = weakref.ref(owner)
-    client.start_timer(client.new_timer(loop, owner, owner), NEVER)
-    del owner
-    loop.close()
-    assert owned() is None
-
-
-def test_timer_that_its_owner_holds_is_collected(client, make_loop):
-    owner = Owner()
-    owned = weakref.ref(owner)
-    owner.loop = make_loop()
-    owner.timer = client.new_timer(owner.loop, owner, owner)
-    client.start_timer(owner.timer, NEVER)
-    owner.loop.close()
-    del owner
-    gc.collect()
-    assert owned() is None
-
-
-def test_timer_after_close(client, loop, log, noting):
-    timers = [client.new_timer(loop, noting("fired"), None) for _ in range(2)]
-    client.start_timer(timers[0], NEVER)
-    loop.close()
-    for timer in timers:
+    if end == "cycle":
+        owner.loop, owner.timer = loop, timer
+    if end == "stopped":
         client.stop_timer(timer)
-        with pytest.raises(RuntimeError):
-            client.start_timer(timer, 0)
-    assert log == []
+    else:
+        timer = None
+    owner = None
+    gc.collect()
+    assert owned() is not None
+    if end == "fired":
+        clock.advance(1)
+        turn(loop)
+    elif end == "stopped":
+        timer = None
+    else:
+        loop.close()
+        if end == "cycle":
+            loop = make_loop = None
+            gc.collect()
+    assert owned() is None
 
 
-def test_timer_outlives_its_loop(client, make_loop, noting):
+def test_timer_after_close(client, make_loop, log, noting):
+    """Also when nobody else has the loop any more."""
     loop = make_loop()
     timers = [client.new_timer(loop, noting("fired"), None) for _ in range(2)]
     client.start_timer(timers[0], NEVER)
     loop.close()
-    gone = weakref.ref(loop)
-    del loop, make_loop
-    for timer in timers:
-        client.stop_timer(timer)
-        with pytest.raises(RuntimeError):
-            client.start_timer(timer, 0)
-        repr(timer)
-    del gone
+    for _ in range(2):
+        for timer in timers:
+            client.stop_timer(timer)
+            with pytest.raises(RuntimeError):
+                client.start_timer(timer, 0)
+            repr(timer)
+        loop = make_loop = None
+    assert log == []
 
 
 def test_timer_on_a_clock_that_fails(client, make_loop, log, noting):
@@ -804,13 +698,18 @@ def test_callbacks_run_in_one_order(client, loop, log, noting):
     assert loop.stats()["callbacks"] >= 1000
 
 
-def test_a_post_behind_a_callback_that_was_taken_back(clients, log, noting):
-    """Python's was refused, as nobody could ring; C's does not wait for it."""
+@pytest.mark.parametrize("whose", ["Python's", "C's"])
+def test_a_callback_that_can_not_ring_is_taken_back(clients, log, noting, whose):
+    """And what C queues behind it does not wait for it."""
     client = clients(ioloop)
 
     def poll():
         with broken_bell(impl.waker), pytest.raises(OSError):
-            loop.add_callback(log.append, "refused")
+            if whose == "C's":
+                client.add_callback(loop, noting("refused"))
+            else:
+                loop.add_callback(log.append, "refused")
+        assert loop.stats()["pending_callbacks"] == 0
         client.add_callback(loop, noting("posted"))
         return []
 
@@ -820,22 +719,6 @@ def test_a_post_behind_a_callback_that_was_taken_back(clients, log, noting):
         turn(loop)
         assert log == ["posted"]
         assert loop.stats()["pending_callbacks"] == 0
-
-
-def test_a_post_that_can_not_ring_is_taken_back(clients, log, noting):
-    client = clients(ioloop)
-
-    def poll():
-        with broken_bell(impl.waker), pytest.raises(OSError):
-            client.add_callback(loop, noting("refused"))
-        return []
-
-    impl = ScriptedPoller(poll)
-    with ioloop.IOLoop(impl=impl) as loop:
-        loop.run_once()
-        assert loop.stats()["pending_callbacks"] == 0
-        turn(loop)
-        assert log == []
 
 
 def test_a_callback_of_a_callback_runs_in_the_next_iteration(client, loop, log, noting):
@@ -891,9 +774,7 @@ def test_post_wakes_a_loop_that_sleeps(client, loop):
     with sleeping(loop):
         for number in range(1, 200):
             assert client.Posters(door, counter, 1, 1).join() == 0
-            end = time.monotonic() + 10
-            while counter.value < number:
-                assert time.monotonic() < end, "the loop has not woken up"
+            wait_until(lambda number=number: counter.value == number)
     assert counter.value == 199
 
 
@@ -921,21 +802,23 @@ def test_post_from_threads_without_the_gil(client, loop):
     assert (counter.value, len(calls)) == (posted, added)
 
 
-@pytest.mark.parametrize("work", ["handlers", "timer", "callback"])
-def test_F9_other_threads_run_while_the_loop_is_busy_in_c(client, loop, work):
-    """Nothing but C runs, and still a thread that waits for the GIL gets it."""
-    counter = client.Counter()
+@pytest.fixture(params=["handlers", "timer", "callback"])
+def play(request, client, loop):
+    """A function: handlers, a timer or a callback of C that go on for ever."""
     with pair() as (a, b):
-        if work == "handlers":
-            client.play_handlers(loop, counter, a.fileno(), b.fileno())
-        elif work == "timer":
-            client.play_timer(loop, counter)
-        else:
-            client.play_callback(loop, counter)
-        with busy_in_thread(loop):
-            assert_shares_gil(loop)
-        loop.remove_handler(a)
-        loop.remove_handler(b)
+        fds = (a.fileno(), b.fileno()) if request.param == "handlers" else ()
+        start = getattr(client, f"play_{request.param}")
+        yield lambda counter: start(loop, counter, *fds)
+        loop.close()
+
+
+@pytest.mark.row("F9")
+def test_other_threads_run_while_the_loop_is_busy_in_c(client, loop, play):
+    """Nothing but C runs, and still a thread that waits for the GIL gets it."""
+    play(counter := client.Counter())
+    with busy_in_thread(loop):
+        assert_shares_gil(loop)
+    assert counter.value > 0
 
 
 def test_posts_while_the_ring_grows(client, make_loop):
@@ -1077,7 +960,7 @@ ssize_t write(int fd, const void *data, size_t n) {
 # In a process that has a library preloaded: the client and the symbols of both.
 LOAD_CLIENT = """
 import ctypes, gc, importlib.machinery, importlib.util, os, sys
-import helpers, ioloop, support
+import ioloop, processes
 path, directory = sys.argv[1:]
 name = "cdoor_client"
 loader = importlib.machinery.ExtensionFileLoader(name, path)
@@ -1092,12 +975,13 @@ def run_preloaded(clients, directory, source, code):
     """Run `code` after LOAD_CLIENT, with C functions replaced by those of `source`."""
     file = directory / "preloaded.c"
     file.write_text(source)
-    library = compile_library(file, directory / "preloaded.so")
+    library = compile_library(file)
     arguments = clients(ioloop).__file__, str(directory)
     run_python(code, *arguments, prelude=LOAD_CLIENT, LD_PRELOAD=str(library))
 
 
-def test_B4_a_ring_in_the_middle_of_close(clients, tmp_path):
+@pytest.mark.row("B4")
+def test_a_ring_in_the_middle_of_close(clients, tmp_path):
     """Of a thread without the GIL: its byte must not end in a foreign file."""
     run_preloaded(
         clients,
@@ -1110,7 +994,7 @@ def test_B4_a_ring_in_the_middle_of_close(clients, tmp_path):
         ctypes.c_int.in_dll(library, "slow").value = 1
         begun = ctypes.c_int.in_dll(library, "begun")
         posters = client.Posters(door, counter, 1, 1)
-        support.wait_until(lambda: begun.value)
+        processes.wait_until(lambda: begun.value)
         loop.close()
         files = [open(f"{directory}/{i}", "wb", buffering=0) for i in range(4)]
         posters.join()
@@ -1164,8 +1048,8 @@ def test_a_fork_while_a_post_makes_room(clients, tmp_path):
         begun = ctypes.c_int.in_dll(library, "begun")
         library.arm()
         posters = client.Posters(door, counter, 1, 1)
-        support.wait_until(lambda: begun.value)
-        with helpers.child() as inside:
+        processes.wait_until(lambda: begun.value)
+        with processes.child() as inside:
             if inside:
                 loop.reinit()
                 loop.run_once(0)
@@ -1297,29 +1181,26 @@ def calls_of(client, loop, fd, function):
     }
 
 
-def test_not_a_loop(client, poller, noting):
+def test_what_is_no_open_loop(client, poller, make_loop, fake_kqueue, noting):
+    """Nor is one of another build of the module, nor one that has no __init__()."""
     cls = poller.module.IOLoop
-    with pair() as (a, _):
-        for what in (None, 1, object(), cls, mock.create_autospec(cls)):
-            for call in calls_of(client, what, a.fileno(), noting("no")).values():
-                with pytest.raises(TypeError):
-                    call()
-
-
-def test_a_loop_of_another_build(clients, fake_kqueue, noting):
-    client = clients(ioloop)
-    with fake_kqueue.IOLoop() as loop, pair() as (a, _):
-        for call in calls_of(client, loop, a.fileno(), noting("no")).values():
-            with pytest.raises(TypeError):
-                call()
-
-
-def test_a_loop_without_init(client, poller, noting):
-    loop = poller.module.IOLoop.__new__(poller.module.IOLoop)
-    with pair() as (a, _):
-        for call in calls_of(client, loop, a.fileno(), noting("no")).values():
-            with pytest.raises(RuntimeError):
-                call()
+    another = ioloop if poller.module is fake_kqueue else fake_kqueue
+    closed = make_loop()
+    closed.close()
+    mocked = mock.create_autospec(cls)
+    with another.IOLoop() as foreign, pair() as (a, _):
+        for error, message, loops in (
+            (TypeError, "", (None, 1, object(), cls, mocked, foreign)),
+            (RuntimeError, "__init__", (cls.__new__(cls),)),
+            (RuntimeError, "closed", (closed,)),
+        ):
+            for loop in loops:
+                calls = calls_of(client, loop, a.fileno(), noting("no"))
+                if loop is closed:
+                    del calls["remove_handler"]
+                for call in calls.values():
+                    with pytest.raises(error, match=message or None):
+                        call()
 
 
 def test_a_subclass_is_a_loop(client, make_loop, poller, log, noting):
@@ -1327,16 +1208,6 @@ def test_a_subclass_is_a_loop(client, make_loop, poller, log, noting):
     client.add_callback(loop, noting("called"))
     turn(loop)
     assert log == ["called"]
-
-
-def test_closed_loop(client, loop, noting):
-    with pair() as (a, _):
-        loop.close()
-        calls = calls_of(client, loop, a.fileno(), noting("no"))
-        del calls["remove_handler"]
-        for call in calls.values():
-            with pytest.raises(RuntimeError, match="closed"):
-                call()
 
 
 def test_removal_after_close_does_nothing(client, loop, noting):
@@ -1382,23 +1253,15 @@ def test_wrong_thread(client, loop, log, noting):
 # -- No Python object for an event ---------------------------------------------
 
 
-@pytest.mark.parametrize("play", ["handlers", "timer", "callback"])
-def test_no_object_is_made(client, loop, poller, play):
-    if play == "handlers" and poller.name == "kqueue":
+def test_no_object_is_made(client, loop, poller, play, request):
+    what = request.node.callspec.params["play"]
+    if what == "handlers" and poller.name == "kqueue":
         pytest.skip("_KQueue makes a dict for each poll, in which it merges filters")
     # What sleeps is slower, and so are the other pollers.
-    events = 5_000 if play == "timer" else 100_000 if poller.name == "epoll" else 20_000
+    events = 5_000 if what == "timer" else 100_000 if poller.name == "epoll" else 20_000
     counter = client.Counter(events)
-    with pair() as (a, b):
-        if play == "handlers":
-            client.play_handlers(loop, counter, a.fileno(), b.fileno())
-        elif play == "timer":
-            timer = client.play_timer(loop, counter)
-        else:
-            client.play_callback(loop, counter)
-        assert_no_object_is_made(client, loop, counter, events)
-        if play == "timer":
-            client.stop_timer(timer)
+    play(counter)
+    assert_no_object_is_made(client, loop, counter, events)
 
 
 def assert_no_object_is_made(client, loop, counter, events):
@@ -1446,12 +1309,12 @@ def build_stale(directory):
         (changed / "ioloop.pxd").write_text(pxd.replace(old, new))
         source = directory / f"stale_{name}.pyx"
         source.write_text(f"cimport ioloop\n\ndef call():\n    {call}\n")
-        compile_cython(source, directory, changed)
+        compile_extension(source, directory, changed)
 
 
 @pytest.fixture(scope="session")
-def stale(cached):
-    return cached("stale", [repr(STALE).encode()], build_stale)
+def stale():
+    return cached("stale", [STALE], build_stale)
 
 
 @pytest.mark.slow
@@ -1464,10 +1327,8 @@ def test_stale_client_fails_at_import(stale, name):
 
 
 @pytest.fixture(scope="session")
-def plain(cached):
-    source = HERE / "cdoor_plain.c"
-    directory = cached("plain", [source], lambda work: compile_c(source, work))
-    return load(directory / f"cdoor_plain{SUFFIX}")
+def plain():
+    return load(extension(HERE / "cdoor_plain.c"))
 
 
 def test_plain_c(plain):
@@ -1485,205 +1346,15 @@ def test_plain_c(plain):
             plain.serve(None, a.fileno())
 
 
-# -- The example ---------------------------------------------------------------
-
-
-def install_example(directory):
-    """As its README says, in a copy, since building litters."""
-    source = directory / "source"
-    made = shutil.ignore_patterns("build", "*.so", "*.egg-info", "__pycache__")
-    shutil.copytree(EXAMPLE, source, ignore=made)
-    empty = directory / "empty"
-    empty.mkdir()
-    run(
-        *(sys.executable, "-m", "pip", "install", "--quiet"),
-        *("--disable-pip-version-check", "--no-index", "--no-deps"),
-        *("--no-build-isolation", "--target", directory / "site", source),
-        cwd=empty,
-        env={**os.environ, "CFLAGS": "-O1"},
-    )
-
-
-@pytest.fixture(scope="session")
-def example(cached):
-    """The directory that the example is installed in."""
-    sources = sorted(path for path in EXAMPLE.iterdir() if path.suffix != ".so")
-    sources = [path for path in sources if path.is_file()]
-    return cached("example", sources, install_example) / "site"
-
-
-@pytest.fixture
-def serving(example, tmp_path):
-    """`serving(*options)`: the address of a server that ends well when told to."""
-
-    @contextlib.contextmanager
-    def serve(*options, ending=signal.SIGTERM, prelude=""):
-        program = f"{prelude}import runpy, sys; sys.argv[0] = 'c_echo'\n"
-        program += "runpy.run_module('c_echo', run_name='__main__', alter_sys=True)"
-        command = ["-m", "c_echo"] if not prelude else ["-c", program]
-        path = os.pathsep.join([str(example), str(PXD.parent)])
-        with subprocess.Popen(
-            [sys.executable, *command, "--port=0", *options],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": path},
-        ) as process:
-            try:
-                line = process.stdout.readline()
-                found = re.fullmatch(r"listening on 127\.0\.0\.1:(\d+)\n", line)
-                assert found, line + process.stderr.read()
-                yield ("127.0.0.1", int(found[1])), process.pid
-                assert process.poll() is None
-                process.send_signal(ending)
-                output, errors = process.communicate(timeout=10)
-                assert (process.returncode, output, errors) == (0, "", "")
-            finally:
-                process.kill()
-
-    return serve
-
-
-def connect(address):
-    return socket.create_connection(address, timeout=10)
-
-
-def read_all(sock):
-    return b"".join(iter(lambda: sock.recv(65536), b""))
-
-
-def status(pid, key):
-    text = Path(f"/proc/{pid}/status").read_text()
-    return int(re.search(rf"^{key}:\s+(\d+)", text, re.M)[1])
-
-
-def cpu_seconds(pid):
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
-def test_example(serving, ending):
-    with serving(ending=ending) as (address, _):
-        with connect(address) as sock:
-            for size in (1, 1000, 65536, 65537, 1_000_000):
-                data = os.urandom(size)
-                thread = Thread(sock.sendall, data)
-                received = b""
-                while len(received) < size:
-                    received += sock.recv(65536)
-                thread.join()
-                assert received == data
-
-
-def test_example_ends_while_clients_are_connected(serving):
-    with contextlib.ExitStack() as stack:
-        with serving() as (address, _):
-            socks = [stack.enter_context(connect(address)) for _ in range(3)]
-            socks[0].sendall(b"x")
-            assert socks[0].recv(1) == b"x"
-        assert socks[0].recv(1) == b""
-
-
-def test_example_half_close_and_partial_writes(serving):
-    """All comes back to who ends its half, reads late and little at a time."""
-    data = os.urandom(3_000_000)
-    with serving() as (address, _), socket.socket() as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        sock.settimeout(10)
-        sock.connect(address)
-
-        def send():
-            sock.sendall(data)
-            sock.shutdown(socket.SHUT_WR)
-
-        thread = Thread(send)
-        time.sleep(0.05)
-        assert read_all(sock) == data
-        thread.join()
-
-
-def test_example_bad_clients_harm_no_other(serving):
-    """Resets, silence, unread data: the good ones get theirs, and nothing is kept."""
-    with contextlib.ExitStack() as stack:
-        address, pid = stack.enter_context(serving())
-        files = len(os.listdir(f"/proc/{pid}/fd"))
-        bad = contextlib.ExitStack()
-        with bad:
-            for _ in range(20):
-                bad.enter_context(connect(address))
-                with connect(address) as vanishes:
-                    vanishes.sendall(bytes(65536))
-                with connect(address) as resets:
-                    resets.sendall(bytes(65536))
-                    linger = struct.pack("ii", 1, 0)
-                    resets.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            never_reads = bad.enter_context(connect(address))
-            never_reads.setblocking(False)
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    never_reads.send(bytes(65536))
-            memory = status(pid, "VmRSS")
-            with contextlib.ExitStack() as good:
-                socks = [good.enter_context(connect(address)) for _ in range(200)]
-                for number, sock in enumerate(socks):
-                    sock.sendall(b"%04d" % number * 256)
-                    sock.shutdown(socket.SHUT_WR)
-                for number, sock in enumerate(socks):
-                    assert read_all(sock) == b"%04d" % number * 256
-            assert status(pid, "VmRSS") - memory < 4096
-        end = time.monotonic() + 10
-        while len(os.listdir(f"/proc/{pid}/fd")) > files:
-            assert time.monotonic() < end, "descriptors are left open"
-            time.sleep(0.01)
-
-
-def test_example_idle_clients_are_closed(serving):
-    with serving("--idle=0.3") as (address, pid), contextlib.ExitStack() as stack:
-        start = time.monotonic()
-        silent, never_reads, busy = (
-            stack.enter_context(connect(address)) for _ in range(3)
-        )
-        never_reads.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                never_reads.send(bytes(65536))
-        while time.monotonic() < start + 0.8:
-            busy.sendall(b"x")
-            assert busy.recv(1) == b"x"
-            time.sleep(0.05)
-        assert silent.recv(1) == b""
-        never_reads.settimeout(10)
-        with contextlib.suppress(ConnectionResetError):
-            read_all(never_reads)
-        busy.sendall(b"x")
-        assert busy.recv(1) == b"x"
-
-
-def test_example_out_of_descriptors(serving):
-    """Clients wait until there is one; the server does not spin meanwhile."""
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))\n"
-    with serving(prelude=limit) as (address, pid), contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(connect(address)) for _ in range(60)]
-        busy = cpu_seconds(pid)
-        time.sleep(0.4)
-        assert cpu_seconds(pid) - busy < 0.1
-        for sock in socks:
-            with sock:
-                sock.sendall(b"x")
-                assert sock.recv(1) == b"x"
-
-
-def test_example_makes_no_object_for_a_message(clients, example):
+def test_the_example_makes_no_object_for_a_message(clients):
     """Its messages are passed back by C, too: all that is made would be its own."""
     client = clients(ioloop)
-    server_module = load(next(example.glob("_c_echo*.so")))
+    server_module = load(next(c_echo().glob("_c_echo*.so")))
     counter = client.Counter(100_000)
     with ioloop.IOLoop() as loop, socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
         server = server_module.Server(loop, listener.fileno(), 60)
-        with connect(listener.getsockname()) as sock:
+        with socket.create_connection(listener.getsockname()) as sock:
             sock.setblocking(False)
             turn(loop)
             client.play_handlers(loop, counter, sock.fileno())

@@ -15,21 +15,21 @@ import weakref
 from pathlib import Path
 
 import pytest
-from helpers import (
+from fakes import (
     READ,
     WRITE,
+    Await,
+    Exit,
     FakeClock,
+    Hostile,
     Recorder,
     ScriptedPoller,
-    pair,
-    pairs,
-    pipe,
-    run_python,
+    fail,
     run_until,
-    tcp_pair,
     turn,
 )
-from support import Await, Exit, Hostile, Thread, fail, readable, wait_until
+from kernel import close, pair, pairs, pipe, readable, tcp_pair
+from processes import run_python
 
 import ioloop
 
@@ -64,10 +64,11 @@ def where(loop, request):
 # -- The hook ------------------------------------------------------------------
 
 
-def test_default_hook_logs(loop, where, expect_log):
-    where(lambda: fail(ZeroDivisionError("what")))
+@pytest.mark.parametrize("error", [ZeroDivisionError, MemoryError])
+def test_default_hook_logs(loop, where, expect_log, error):
+    where(lambda: fail(error("what")))
     turn(loop)
-    record = expect_log.take("^Exception in callback <function", ZeroDivisionError)
+    record = expect_log.take("^Exception in callback <function", error)
     assert (record.name, record.levelno) == ("ioloop", logging.ERROR)
     assert "what" in str(record.exc_info[1])
 
@@ -100,7 +101,6 @@ def test_hook_of_an_instance(loop, where):
     loop.handle_callback_exception = lambda callback: seen.append(sys.exc_info()[0])
     where(fail)
     turn(loop)
-    del loop.handle_callback_exception
     assert seen == [ValueError]
 
 
@@ -116,7 +116,6 @@ def test_the_hook_gets_what_the_user_passed(loop):
     loop.call_later(0, raises, 1, a=2)
     loop.spawn_callback(raises, a=2)
     turn(loop)
-    del loop.handle_callback_exception
     assert seen == [raises] * 3
 
 
@@ -138,18 +137,6 @@ def unraisable(monkeypatch):
     return seen
 
 
-def test_D8_an_exception_of_the_hook_is_unraisable(loop, where, unraisable):
-    """And the one that it was called for is told first."""
-    loop.handle_callback_exception = lambda callback: fail(KeyError)
-    where(fail)
-    log = []
-    loop.add_callback(log.append, 1)
-    turn(loop)
-    del loop.handle_callback_exception
-    assert unraisable == [ValueError, KeyError]
-    assert log == [1]
-
-
 async def coroutine():
     raise ValueError
 
@@ -160,15 +147,20 @@ def failed_future():
     return future
 
 
-@pytest.mark.parametrize("result", [coroutine, failed_future])
-def test_when_the_hook_fails_what_a_future_raised_is_told_too(
-    loop, where, unraisable, result
-):
-    loop.handle_callback_exception = lambda callback: fail(KeyError)
-    where(result)
+@pytest.mark.row("D8")
+@pytest.mark.parametrize(
+    "hook", [lambda callback: fail(KeyError), None], ids=["", "None"]
+)
+@pytest.mark.parametrize("raises", [fail, coroutine, failed_future])
+def test_an_exception_of_the_hook_is_unraisable(loop, where, unraisable, raises, hook):
+    """And the one that it was called for is told first, also that of a future."""
+    loop.handle_callback_exception = hook
+    where(raises)
+    log = []
+    loop.add_callback(log.append, 1)
     turn(loop, 4)
-    del loop.handle_callback_exception
-    assert unraisable == [ValueError, KeyError]
+    assert unraisable == [ValueError, KeyError if hook else TypeError]
+    assert log == [1]
 
 
 def test_when_the_override_fails_both_tracebacks_are_told(
@@ -204,7 +196,7 @@ def test_when_nothing_can_be_logged_the_exception_is_told(poller, lost):
     """There is no logging module, or no descriptor is left to import it by."""
     done = poller.run(
         f"""
-        import helpers, resource, sys
+        import kernel, resource, sys
         def broken():
             raise ZeroDivisionError("what broke")
         loop = ioloop.IOLoop(impl=impl())
@@ -214,7 +206,7 @@ def test_when_nothing_can_be_logged_the_exception_is_told(poller, lost):
             sys.modules["logging"] = None
             loop.run_once(0)
         else:
-            with helpers.nothing_free():
+            with kernel.nothing_free():
                 loop.run_once(0)
         loop.close()
         """
@@ -233,26 +225,17 @@ def test_what_the_hook_raises_again_is_told(loop, unraisable):
     loop.handle_callback_exception = hook
     loop.add_callback(fail)
     turn(loop)
-    del loop.handle_callback_exception
     assert unraisable and set(unraisable) == {ValueError}
 
 
+@pytest.mark.row("D8")
 @pytest.mark.parametrize("error", BASE)
-def test_D8_a_base_exception_of_the_hook_leaves_start(loop, where, error):
+def test_a_base_exception_of_the_hook_leaves_start(loop, where, error):
     loop.handle_callback_exception = lambda callback: fail(error)
     where(fail)
     with pytest.raises(error):
         loop.start()
-    del loop.handle_callback_exception
     assert not loop.running()
-
-
-def test_hook_that_is_no_callable(loop, unraisable):
-    loop.handle_callback_exception = None
-    loop.add_callback(fail)
-    turn(loop)
-    del loop.handle_callback_exception
-    assert unraisable == [ValueError, TypeError]
 
 
 def test_hook_may_use_the_loop(loop, where):
@@ -267,15 +250,15 @@ def test_hook_may_use_the_loop(loop, where):
     where(fail)
     loop.start()
     turn(loop, 2)
-    del loop.handle_callback_exception
     assert sorted(log) == [1, 2]
 
 
 # -- What is no Exception ------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", BASE)
-def test_D6_D7_base_exceptions_leave_start(loop, where, error):
+@pytest.mark.row("D6", "D7")
+@pytest.mark.parametrize("error", [*BASE, GeneratorExit])
+def test_base_exceptions_leave_start(loop, where, error):
     """And the loop is restartable, with everything that was not delivered."""
     log = []
     where(lambda: fail(error))
@@ -289,67 +272,42 @@ def test_D6_D7_base_exceptions_leave_start(loop, where, error):
     assert log == ["again"]
 
 
-@pytest.mark.parametrize("error", BASE)
-@pytest.mark.parametrize("after", ["restart", "reuse"])
-def test_D3_a_base_exception_in_a_handler_loses_no_event(loop, error, after):
+@pytest.mark.row("D3")
+@pytest.mark.parametrize("error", [*BASE, GeneratorExit])
+@pytest.mark.parametrize("reads", [False, True], ids=["", "reads"])
+@pytest.mark.parametrize("reused", [False, True], ids=["", "reused"])
+def test_a_base_exception_in_a_handler_loses_no_event(loop, error, reads, reused):
     """What is not delivered is reported again; and to nobody else."""
-    with pairs(3) as socks:
-        delivered, raised = [], []
+    with pairs(3) as socks, pair() as (quiet, _):
+        raised, delivered, strange = [], Recorder(), Recorder()
+        fds = sorted(os.dup(a.fileno()) for a, _ in socks)
 
-        def handler(sock, events):
+        def handler(fd, events):
+            if raised or reads:
+                delivered(fd, os.read(fd, 1))
             if not raised:
-                raised.append(sock)
+                raised.append(fd)
                 raise error
-            delivered.append((sock, sock.recv(1)))
 
-        for a, b in socks:
+        for (_, b), fd in zip(socks, fds, strict=True):
             b.send(b"x")
-            loop.add_handler(a, handler, READ)
+            loop.add_handler(fd, handler, READ)
         with pytest.raises(error):
             loop.start()
-        wanted = {(a, b"x") for a, _ in socks}
-        strange = Recorder()
-        if after == "reuse":
-            [(a, _)] = [s for s in socks if s[0] is not raised[0]][:1]
-            number = a.fileno()
-            loop.remove_handler(a)
-            wanted.remove((a, b"x"))
-            with pair() as (quiet, _):
-                a.close()
-                os.dup2(quiet.fileno(), number)
-                loop.add_handler(number, strange, READ)
-                turn(loop, 3)
-                loop.remove_handler(number)
-                os.close(number)
-        else:
-            turn(loop, 3)
-        assert set(delivered) == wanted and len(delivered) == len(wanted)
+        assert len(delivered) == reads
+        wanted = list(fds)
+        if reused:
+            number = min({*fds} - {*raised})
+            wanted.remove(number)
+            loop.remove_handler(number)
+            os.dup2(quiet.fileno(), number)
+            loop.add_handler(number, strange, READ)
+        turn(loop, 3)
+        assert sorted(delivered) == [(fd, b"x") for fd in wanted]
         assert strange == []
-        for a, _ in socks:
-            loop.remove_handler(a)
-
-
-@pytest.mark.parametrize("error", BASE)
-def test_D3_events_of_a_python_poller_are_kept(error):
-    """It may not report them twice: the rest of the batch is for the next start."""
-    with pairs(3) as socks:
-        fds = [a.fileno() for a, _ in socks]
-        impl = ScriptedPoller([(fd, READ) for fd in fds], [])
-        with ioloop.IOLoop(impl=impl) as loop:
-            log = []
-
-            def handler(fd, events):
-                log.append(fd)
-                if len(log) == 1:
-                    raise error
-
-            for fd in fds:
-                loop.add_handler(fd, handler, READ)
-            with pytest.raises(error):
-                loop.run_once(0)
-            assert log == fds[:1]
-            turn(loop)
-            assert log == fds
+        for fd in fds:
+            loop.remove_handler(fd)
+        close(*fds)
 
 
 # An interrupt may come at any bytecode of a future that is written in Python.
@@ -578,34 +536,35 @@ def test_a_handler_interrupted_with_its_future_is_called_again(loop, when, error
 # -- EPIPE ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [OSError, BrokenPipeError])
-def test_epipe_of_a_handler_is_ignored(loop, error):
+def broken_pipe(fd):
+    raise BrokenPipeError(errno.EPIPE, "gone")
+
+
+def os_error(fd):
+    raise OSError(errno.EPIPE, "gone")
+
+
+def write(fd):
+    os.write(fd, b"x")
+
+
+@pytest.mark.parametrize("raises", [broken_pipe, os_error, write])
+@pytest.mark.parametrize(("of", "events"), [(pair, READ), (pair, WRITE), (pipe, WRITE)])
+def test_epipe_of_a_handler_is_ignored(loop, of, events, raises):
     """If its peer is gone, which the loop sees for itself."""
+    calls = []
 
     def handler(fd, events):
-        loop.remove_handler(fd)
-        raise error(errno.EPIPE, "gone")
+        calls.append(fd)
+        raises(fd)
 
-    with pair() as (a, b):
-        loop.add_handler(a, handler, READ)
-        b.close()
-        turn(loop)
-
-
-def test_epipe_for_real(loop):
-    with pair() as (a, b):
-        b.close()
-        loop.add_handler(a, lambda sock, events: sock.send(b"x"), WRITE)
-        turn(loop)
-        loop.remove_handler(a)
-
-
-def test_epipe_of_a_pipe_without_a_reader_is_ignored(loop):
-    with pipe() as (reader, writer):
-        loop.add_handler(writer, lambda fd, events: os.write(fd, b"x"), WRITE)
-        os.close(reader)
+    with of() as (a, b):
+        writer = b if of is pipe else b.fileno()
+        close(a) if of is pipe else a.close()
+        loop.add_handler(writer, handler, events)
         turn(loop, 2)
         loop.remove_handler(writer)
+    assert calls == [writer] * 2
 
 
 def test_epipe_of_a_tcp_connection_that_was_closed_is_ignored(loop):
@@ -656,16 +615,27 @@ def test_epipe_after_ones_own_shutdown_is_reported(loop, expect_log, make):
     expect_log.take("Exception in callback", BrokenPipeError)
 
 
-@pytest.mark.parametrize("number", [errno.ECONNRESET, errno.EBADF, None])
-def test_other_errors_of_a_handler_are_not_ignored(loop, expect_log, number):
-    def handler(fd, events):
-        loop.remove_handler(fd)
-        raise OSError(*([number, "text"] if number else []))
+class Mine(ValueError):
+    errno = errno.EPIPE
 
+
+@pytest.mark.parametrize(
+    ("error", "args"),
+    [
+        (OSError, (errno.ECONNRESET, "text")),
+        (OSError, (errno.EBADF, "text")),
+        (OSError, (errno.EIO, "text")),
+        (OSError, ()),
+        (BrokenPipeError, (errno.EPIPE, "the peer is there")),
+        (Mine, ()),  # its errno is no OSError's
+    ],
+)
+def test_other_errors_of_a_handler_are_not_ignored(loop, expect_log, error, args):
     with readable() as (a, _):
-        loop.add_handler(a, handler, READ)
+        loop.add_handler(a, lambda *_: fail(error(*args)), READ)
         turn(loop)
-    expect_log.take("Exception in callback", OSError)
+        loop.remove_handler(a)
+    expect_log.take("Exception in callback", error)
 
 
 def test_epipe_of_others_is_not_ignored(loop, expect_log):
@@ -677,30 +647,17 @@ def test_epipe_of_others_is_not_ignored(loop, expect_log):
         expect_log.take("Exception in callback", BrokenPipeError)
 
 
-def test_an_errno_that_is_no_os_errors_is_none(loop, expect_log):
-    class Mine(ValueError):
-        errno = errno.EPIPE
-
-    def handler(fd, events):
-        loop.remove_handler(fd)
-        raise Mine
-
-    with readable() as (a, _):
-        loop.add_handler(a, handler, READ)
-        turn(loop)
-    expect_log.take("Exception in callback", Mine)
-
-
 # -- Hostile objects -----------------------------------------------------------
 
 
+@pytest.mark.row("D9")
 @pytest.mark.parametrize("configured", ["", "logging.basicConfig()"])
-def test_D9_what_is_logged_never_leaves_the_loop(poller, configured):
+def test_what_is_logged_never_leaves_the_loop(poller, configured):
     """In a process of its own: pytest's handlers raise what logging does not."""
     poller.run(
         f"""
         import io, logging, os, socket, sys
-        from support import Hostile, Raises, fail
+        from fakes import Hostile, Raises, fail
         {configured}
 
         def with_stderr(stream):
@@ -760,12 +717,6 @@ def test_futures_that_fail(loop, where, expect_log, result):
     expect_log.take("Exception in callback", RuntimeError)
 
 
-def test_a_memory_error_is_an_exception(loop, where, expect_log):
-    where(lambda: fail(MemoryError))
-    turn(loop)
-    expect_log.take("Exception in callback", MemoryError)
-
-
 # -- References ----------------------------------------------------------------
 
 
@@ -786,35 +737,12 @@ def test_nothing_holds_the_exception(loop, where):
     loop.handle_callback_exception = lambda callback: None
     where(raises)
     turn(loop, 2)
-    del loop.handle_callback_exception
     gc.collect()
     assert references[0]() is None
 
 
-def test_D15_nothing_is_held_while_the_loop_sleeps(loop):
-    """Not the last callback, timeout or handler, nor what they were given."""
-
-    class Thing:
-        def __call__(self, *args):
-            if len(args) == 2:
-                loop.remove_handler(args[0])
-
-    things = [Thing() for _ in range(6)]
-    references = [weakref.ref(thing) for thing in things]
-    with readable() as (a, _):
-        loop.add_callback(things[0], things[1])
-        loop.call_later(0, things[2], things[3])
-        loop.add_handler(a, things[4], READ)
-        del things
-        thread = Thread(loop.start)
-        try:
-            wait_until(lambda: [r() for r in references] == [None] * 6)
-        finally:
-            loop.stop()
-            thread.join()
-
-
-def test_D26_a_handler_that_always_fails_is_logged_once_a_poll(loop, expect_log):
+@pytest.mark.row("D26")
+def test_a_handler_that_always_fails_is_logged_once_a_poll(loop, expect_log):
     """Level-triggered: it is up to the handler; the loop serves the others."""
     calls = Recorder()
     with readable() as (a, _), readable() as (b, _):
@@ -841,7 +769,7 @@ def test_a_vendored_copy_is_imported_whatever_has_its_name(tmp_path, code):
     run_python(
         f"""
         import sys
-        from support import Hostile
+        from fakes import Hostile
         class Odd:
             @property
             def __dict__(self):

@@ -2,69 +2,55 @@
 
 import contextlib
 import itertools
-import pathlib
+import os
 import random
 import re
 import resource
+import select
 import signal
 import socket
 import struct
-import subprocess
-import sys
-import threading
 import time
+from pathlib import Path
 
 import pytest
-
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
-
-
-@pytest.fixture
-def many_fds():
-    """A limit that leaves room for 1,000 clients and their badly behaved friends."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= hard < 1200:
-        pytest.skip(f"the limit of open files is {hard}")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+from building import ROOT, c_echo
+from kernel import limit
+from processes import Thread, end_of, is_asleep, program, wait_until
 
 
-@contextlib.contextmanager
 def running(name, *arguments):
-    """The example, as a process whose output is text; it has ended afterwards."""
-    with subprocess.Popen(
-        [sys.executable, EXAMPLES / name, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                process.kill()
+    """An example, as a process; the one in Cython is built first."""
+    directory = c_echo() if name == "c_echo.py" else ROOT / "examples"
+    return program(directory / name, *arguments)
 
 
 @contextlib.contextmanager
 def serving(name, *arguments, ending=signal.SIGTERM):
-    """The address of a server that ends without a word when it gets a signal."""
+    """A server with its `address`, which ends without a word when it gets a signal."""
     with running(name, "--port", "0", *arguments) as process:
-        yield address_of(process)
+        line = process.stdout.readline()
+        found = re.fullmatch(r"listening on 127\.0\.0\.1:(\d+)\n", line)
+        assert found, line + process.stderr.read()
+        process.address = "127.0.0.1", int(found[1])
+        yield process
         assert process.poll() is None
         process.send_signal(ending)
-        output, errors = process.communicate(timeout=10)
-        assert (process.returncode, output, errors) == (0, "", "")
+        assert end_of(process) == ""
 
 
-def address_of(process):
-    line = process.stdout.readline()
-    assert re.fullmatch(r"listening on 127\.0\.0\.1:\d+\n", line), process.stderr.read()
-    return "127.0.0.1", int(line.rpartition(":")[2])
+def read_until(process, text, count=1):
+    """What it prints, until a text has come so many times."""
+    printed = ""
+    while printed.count(text) < count:
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+        printed += line
+    return printed
 
 
-def connect(address):
-    return socket.create_connection(address, timeout=10)
+def connect(server):
+    return socket.create_connection(server.address, timeout=10)
 
 
 def read_all(sock):
@@ -76,11 +62,185 @@ def reset(sock):
     sock.close()
 
 
+def send_until_full(sock):
+    """All that the server and the kernel take, for one who never reads."""
+    sock.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            sock.send(bytes(65536))
+
+
+def assert_echoes(sock, data=b"x"):
+    with Thread(sock.sendall, data):
+        received = b""
+        while len(received) < len(data):
+            chunk = sock.recv(65536)
+            assert chunk, "the server has closed the connection"
+            received += chunk
+    assert received == data
+
+
+# -- The echo servers, in Python and in Cython
+
+
+@pytest.fixture(params=["echo_server.py", "c_echo.py"])
+def echo(request):
+    return request.param
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+def test_echo(echo, ending):
+    with serving(echo, ending=ending) as server, connect(server) as sock:
+        for size in (1, 1000, 65536, 65537, 1_000_000):
+            assert_echoes(sock, random.randbytes(size))
+
+
+def test_echo_ends_while_clients_are_connected(echo):
+    with contextlib.ExitStack() as stack:
+        with serving(echo) as server:
+            socks = [stack.enter_context(connect(server)) for _ in range(3)]
+            assert_echoes(socks[0])
+        assert socks[0].recv(1) == b""
+
+
+def test_echo_1000_clients_lose_not_one_byte():
+    with running("echo_demo.py", "--connections=1000", "--messages=50") as process:
+        output = end_of(process, timeout=50)
+    assert "sent     b'hello, ioloop\\n'\nreceived b'hello, ioloop\\n'\n" in output
+    total = f"{1000 * 65536:,}"
+    assert f"1,000 connections at once: {total} bytes sent, {total} received" in output
+
+
+def test_echo_half_close(echo):
+    """Who ends its half still gets all it has sent, however late and little at once."""
+    data = random.randbytes(3_000_000)
+    with serving(echo) as server, socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.settimeout(10)
+        sock.connect(server.address)
+
+        def send():
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+
+        with Thread(send) as sender:
+            # It has sent everything, or nobody takes any more.
+            wait_until(lambda: not sender.is_alive() or is_asleep(sender))
+            assert read_all(sock) == data
+
+
+def test_echo_does_not_read_for_a_client_that_never_reads(echo):
+    """The server's memory is bounded: the client's send() blocks in the end."""
+    with serving(echo) as server, connect(server) as sock:
+        # Beyond this, the bytes could only be in the server's memory.
+        in_kernels = 32 << 20
+        sock.settimeout(0.3)
+        sent = 0
+        with pytest.raises(TimeoutError):
+            while sent < in_kernels:
+                sent += sock.send(bytes(65536))
+        sock.shutdown(socket.SHUT_WR)
+        sock.settimeout(10)
+        assert len(read_all(sock)) == sent
+
+
+def test_echo_bad_clients_harm_no_other(echo):
+    """Resets, silence, unread data: the good ones get theirs, and nothing is kept."""
+    with limit(resource.RLIMIT_NOFILE, 1200), serving(echo) as server:
+        files = len(os.listdir(f"/proc/{server.pid}/fd"))
+        with contextlib.ExitStack() as stack:
+            for _ in range(20):
+                reset(connect(server))
+                with connect(server) as vanishes:
+                    vanishes.sendall(bytes(65536))
+                resets_later = connect(server)
+                resets_later.sendall(bytes(65536))
+                reset(resets_later)
+                half_closes = stack.enter_context(connect(server))
+                half_closes.shutdown(socket.SHUT_WR)
+                send_until_full(stack.enter_context(connect(server)))
+                stack.enter_context(connect(server))  # says nothing
+
+            memory = status(server, "VmRSS")
+            good = [stack.enter_context(connect(server)) for _ in range(1000)]
+            for number, sock in enumerate(good):
+                sock.sendall(b"%04d" % number * 256)
+            for number, sock in enumerate(good):
+                sock.shutdown(socket.SHUT_WR)
+                assert read_all(sock) == b"%04d" % number * 256
+            if echo == "c_echo.py":
+                assert status(server, "VmRSS") - memory < 4096
+        wait_until(lambda: len(os.listdir(f"/proc/{server.pid}/fd")) == files)
+
+
+def test_echo_out_of_descriptors(echo):
+    """Clients that can't be served yet wait; the server does not spin meanwhile."""
+    with serving(echo) as server:
+        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (32, 32))
+        socks = [connect(server) for _ in range(60)]
+        busy = cpu_seconds(server)
+        time.sleep(0.5)
+        assert cpu_seconds(server) - busy < 0.1
+        for sock in socks:
+            with sock:
+                assert_echoes(sock)
+
+
+def test_echo_idle_clients_are_closed():
+    with serving("c_echo.py", "--idle=1") as server, contextlib.ExitStack() as stack:
+        never_reads = stack.enter_context(connect(server))
+        send_until_full(never_reads)
+        busy, silent = (stack.enter_context(connect(server)) for _ in range(2))
+        # It came first: it would be the first to be closed.
+        while not is_readable(silent, 0.05):
+            assert_echoes(busy)
+        assert silent.recv(1) == b""
+        assert_echoes(busy)
+        never_reads.settimeout(10)
+        with contextlib.suppress(ConnectionResetError):
+            read_all(never_reads)
+
+
+def is_readable(sock, seconds):
+    return bool(select.select([sock], [], [], seconds)[0])
+
+
+def status(process, key):
+    text = Path(f"/proc/{process.pid}/status").read_text()
+    return int(re.search(rf"^{key}:\s+(\d+)", text, re.M)[1])
+
+
+def cpu_seconds(process):
+    text = Path(f"/proc/{process.pid}/stat").read_text()
+    fields = text.rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+# -- The ancestor's first program
+
+
+def test_seed():
+    with serving("seed.py", ending=signal.SIGINT) as server:
+        for _ in range(100):
+            with connect(server) as sock:
+                assert read_all(sock) == b"hello, 127.0.0.1\n"
+
+
+def test_seed_accepts_all_that_wait():
+    with serving("seed.py", ending=signal.SIGINT) as server:
+        with contextlib.ExitStack() as stack:
+            for sock in [stack.enter_context(connect(server)) for _ in range(100)]:
+                assert read_all(sock) == b"hello, 127.0.0.1\n"
+
+
+# -- The chat
+
+
 class Lines:
     """A client of the chat, which knows lines."""
 
-    def __init__(self, address, name=None):
-        self.sock = connect(address)
+    def __init__(self, server, name=None):
+        self.sock = connect(server)
         self.file = self.sock.makefile("rb")
         assert self.read() == "* your name?"
         if name:
@@ -101,152 +261,10 @@ class Lines:
         self.sock.close()
 
 
-# -- The echo server
-
-
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
-def test_echo(ending):
-    with serving("echo_server.py", ending=ending) as address:
-        with connect(address) as sock:
-            sock.sendall(b"hello")
-            assert sock.recv(100) == b"hello"
-
-
-def test_echo_ends_while_clients_are_connected():
-    with contextlib.ExitStack() as stack:
-        with serving("echo_server.py") as address:
-            socks = [stack.enter_context(connect(address)) for _ in range(3)]
-            socks[0].sendall(b"x")
-            assert socks[0].recv(1) == b"x"
-        assert socks[0].recv(1) == b""
-
-
-def test_echo_1000_clients_lose_not_one_byte():
-    with running("echo_demo.py", "--connections=1000", "--messages=50") as process:
-        output, errors = process.communicate(timeout=50)
-    assert (process.returncode, errors) == (0, "")
-    assert "sent     b'hello, ioloop\\n'\nreceived b'hello, ioloop\\n'\n" in output
-    total = f"{1000 * 65536:,}"
-    assert f"1,000 connections at once: {total} bytes sent, {total} received" in output
-
-
-def test_echo_half_close():
-    """Who ends its half still gets all it has sent, and then the server's end."""
-    data = random.randbytes(3_000_000)
-    with serving("echo_server.py") as address, connect(address) as sock:
-
-        def send():
-            sock.sendall(data)
-            sock.shutdown(socket.SHUT_WR)
-
-        sender = threading.Thread(target=send)
-        sender.start()
-        assert read_all(sock) == data
-        sender.join()
-
-
-def test_echo_does_not_read_for_a_client_that_never_reads():
-    """The server's memory is bounded: the client's send() blocks in the end."""
-    with serving("echo_server.py") as address, connect(address) as sock:
-        # Beyond this, the bytes could only be in the server's memory.
-        in_kernels = 32 << 20
-        sock.settimeout(0.3)
-        sent = 0
-        with pytest.raises(TimeoutError):
-            while sent < in_kernels:
-                sent += sock.send(bytes(65536))
-        sock.shutdown(socket.SHUT_WR)
-        sock.settimeout(10)
-        assert len(read_all(sock)) == sent
-
-
-def test_echo_bad_clients_harm_no_other(many_fds):
-    with contextlib.ExitStack() as stack:
-        address = stack.enter_context(serving("echo_server.py"))
-        for _ in range(20):
-            reset(connect(address))
-        for _ in range(20):
-            resets_later = connect(address)
-            resets_later.sendall(bytes(65536))
-            reset(resets_later)
-        for _ in range(20):
-            never_reads = stack.enter_context(connect(address))
-            never_reads.settimeout(0)
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    never_reads.send(bytes(65536))
-        for _ in range(20):
-            half_closes = stack.enter_context(connect(address))
-            half_closes.shutdown(socket.SHUT_WR)
-        for _ in range(20):
-            vanishes = connect(address)
-            vanishes.sendall(bytes(65536))
-            vanishes.close()
-
-        good = [stack.enter_context(connect(address)) for _ in range(1000)]
-        for number, sock in enumerate(good):
-            sock.sendall(b"%04d" % number * 256)
-        for number, sock in enumerate(good):
-            sock.shutdown(socket.SHUT_WR)
-            assert read_all(sock) == b"%04d" % number * 256
-
-
-def test_echo_out_of_descriptors():
-    """Clients that can't be served yet wait; the server does not spin meanwhile."""
-    limit = "import resource as r, runpy, sys; r.setrlimit(r.RLIMIT_NOFILE, (32, 32)); "
-    run = "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-c", limit + f"sys.path.insert(0, {str(EXAMPLES)!r}); "]
-    command[-1] += run
-    with contextlib.ExitStack() as stack:
-        process = stack.enter_context(
-            subprocess.Popen(
-                [*command, EXAMPLES / "echo_server.py", "--port=0"],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-        stack.callback(process.kill)
-        address = address_of(process)
-        socks = [connect(address) for _ in range(60)]
-        busy = cpu_seconds(process.pid)
-        time.sleep(0.5)
-        assert cpu_seconds(process.pid) - busy < 0.1
-        for sock in socks:
-            with sock:
-                sock.sendall(b"x")
-                assert sock.recv(1) == b"x"
-
-
-def cpu_seconds(pid):
-    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / 100
-
-
-# -- The ancestor's first program
-
-
-def test_seed():
-    with serving("seed.py", ending=signal.SIGINT) as address:
-        for _ in range(100):
-            with connect(address) as sock:
-                assert read_all(sock) == b"hello, 127.0.0.1\n"
-
-
-def test_seed_accepts_all_that_wait():
-    with serving("seed.py", ending=signal.SIGINT) as address:
-        with contextlib.ExitStack() as stack:
-            for sock in [stack.enter_context(connect(address)) for _ in range(100)]:
-                assert read_all(sock) == b"hello, 127.0.0.1\n"
-
-
-# -- The chat
-
-
 def test_chat():
-    with serving("chat_server.py") as address:
-        with Lines(address, "ann") as ann:
-            with Lines(address, "bob") as bob:
+    with serving("chat_server.py") as server:
+        with Lines(server, "ann") as ann:
+            with Lines(server, "bob") as bob:
                 assert ann.read() == "* bob came"
                 bob.write("hello")
                 assert ann.read() == "bob: hello"
@@ -257,8 +275,8 @@ def test_chat():
 
 
 def test_chat_names_are_unique():
-    with serving("chat_server.py") as address:
-        with Lines(address, "ann"), Lines(address) as other:
+    with serving("chat_server.py") as server:
+        with Lines(server, "ann"), Lines(server) as other:
             other.write("ann")
             assert other.read() == "* ann is not free, choose another name"
             other.write("")
@@ -268,32 +286,35 @@ def test_chat_names_are_unique():
 
 
 def test_chat_lines_in_pieces():
-    with serving("chat_server.py") as address:
-        with Lines(address, "ann") as ann, Lines(address, "bob") as bob:
+    with serving("chat_server.py") as server:
+        with Lines(server, "ann") as ann, Lines(server, "bob") as bob:
             assert ann.read() == "* bob came"
             for piece in (b"in ", b"p", b"ieces\nand tw", b"o\n"):
                 bob.sock.sendall(piece)
-                time.sleep(0.01)
+                # In the same turn of the server or an earlier one, it gets the piece.
+                for _ in range(2):
+                    ann.write("and?")
+                    assert bob.read() == "ann: and?"
             assert ann.read() == "bob: in pieces"
             assert ann.read() == "bob: and two"
 
 
 def test_chat_idle_guests_leave():
-    with serving("chat_server.py", "--idle=0.4") as address:
-        with Lines(address, "ann") as ann, Lines(address, "bob"):
+    with serving("chat_server.py", "--idle=0.4") as server:
+        with Lines(server, "ann") as ann, Lines(server, "bob"):
             assert ann.read() == "* bob came"
-            start = time.monotonic()
-            for _ in range(6):
-                time.sleep(0.1)
+            # She came first: she would be the first to leave.
+            while not is_readable(ann.sock, 0.05):
+                last = time.monotonic()
                 ann.write("still here")
             assert ann.read() == "* bob left (idle for too long)"
             assert ann.read() == ""
-            assert time.monotonic() - start >= 1.0
+            assert time.monotonic() - last >= 0.4
 
 
 def test_chat_bad_guests_harm_no_other():
-    with serving("chat_server.py") as address, Lines(address, "ann") as ann:
-        with Lines(address, "silent") as silent, Lines(address, "long") as long:
+    with serving("chat_server.py") as server, Lines(server, "ann") as ann:
+        with Lines(server, "silent") as silent, Lines(server, "long") as long:
             assert ann.read() == "* silent came"
             assert ann.read() == "* long came"
             with contextlib.suppress(ConnectionError):
@@ -301,7 +322,7 @@ def test_chat_bad_guests_harm_no_other():
             assert ann.read() == "* long left (that line was too long)"
 
             # The one who reads nothing is told so much that it has to leave.
-            with Lines(address, "talks") as talks:
+            with Lines(server, "talks") as talks:
                 assert ann.read() == "* talks came"
                 line = "x" * 4000
                 for count in itertools.count():
@@ -320,10 +341,10 @@ def test_chat_bad_guests_harm_no_other():
 
 def test_chat_many_guests():
     with contextlib.ExitStack() as stack:
-        address = stack.enter_context(serving("chat_server.py"))
+        server = stack.enter_context(serving("chat_server.py"))
         guests = []
         for number in range(50):
-            guests.append(stack.enter_context(Lines(address, f"guest {number}")))
+            guests.append(stack.enter_context(Lines(server, f"guest {number}")))
             for guest in guests[:-1]:
                 assert guest.read() == f"* guest {number} came"
         for number, guest in enumerate(guests):
@@ -337,9 +358,7 @@ def test_chat_many_guests():
 
 def supervised(*arguments):
     with running("supervisor.py", *arguments) as process:
-        output, errors = process.communicate(timeout=20)
-    assert (process.returncode, errors) == (0, "")
-    return output
+        return end_of(process, timeout=20)
 
 
 def test_supervisor_shows_every_line():
@@ -356,38 +375,27 @@ def test_supervisor_shows_every_line():
 
 def test_supervisor_restarts():
     with running("supervisor.py", "sh -c 'echo run; exit 3'", "sleep 100") as process:
-        text = ""
-        while text.count("| run\n") < 2:
-            text += process.stdout.readline()
-        assert "0 sh | * exited with 3\n" in text
+        assert "0 sh | * exited with 3\n" in read_until(process, "| run\n", 2)
         process.send_signal(signal.SIGTERM)
-        text, errors = process.communicate(timeout=10)
-        assert (process.returncode, errors) == (0, "")
-        assert "1 sleep | * killed by SIGTERM\n" in text
+        assert "1 sleep | * killed by SIGTERM\n" in end_of(process)
 
 
 def test_supervisor_restarts_what_failed():
     with running("supervisor.py", "--restart=failed", "false", "true") as process:
-        text = ""
-        while text.count("0 false | * started") < 2:
-            text += process.stdout.readline()
+        text = read_until(process, "0 false | * started", 2)
         process.send_signal(signal.SIGINT)
-        text += process.communicate(timeout=10)[0]
-        assert process.returncode == 0
+        text += end_of(process)
         assert text.count("1 true | * started") == 1
 
 
 def test_supervisor_kills_what_does_not_end():
     stubborn = "sh -c 'trap \"\" TERM; echo ready; while :; do sleep 0.1; done'"
     with running("supervisor.py", "--grace=0.3", stubborn, "sleep 100") as process:
-        text = ""
-        while "ready" not in text:
-            text += process.stdout.readline()
-        process.send_signal(signal.SIGINT)
+        read_until(process, "ready")
         start = time.monotonic()
-        text, errors = process.communicate(timeout=10)
+        process.send_signal(signal.SIGINT)
+        text = end_of(process)
         assert time.monotonic() - start >= 0.3
-        assert (process.returncode, errors) == (0, "")
         assert "1 sleep | * killed by SIGTERM\n" in text
         assert "0 sh | * killed by SIGKILL\n" in text
 

@@ -21,8 +21,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import NONE, READ, WRITE, run_python
-from support import Thread, compile_library
+from building import compile_library
+from fakes import NONE, READ, WRITE
+from processes import Thread, run_python
 
 import ioloop
 
@@ -61,19 +62,18 @@ LONG = 3600
 
 
 @pytest.fixture(scope="module")
-def preload(tmp_path_factory):
+def preload():
     """faults.c, before whatever is preloaded already (a sanitizer)."""
-    source = Path(__file__).with_name("faults.c")
-    target = tmp_path_factory.mktemp("faults") / "faults.so"
     others = os.environ.get("LD_PRELOAD", "")
-    library = compile_library(source, target)
+    library = compile_library(Path(__file__).with_name("faults.c"))
     return f"{library} {others}".strip()
 
 
+@pytest.mark.row("A7", "B2")
 @pytest.mark.parametrize("poller", ["_EPoll", "_Select"])
 @pytest.mark.parametrize("sweep", ["sweep_errors", "sweep_signals"])
 def test_sweep(preload, poller, sweep):
-    """Row 4.4 of the catalogue: call x errno x n, and a signal at every call."""
+    """The n-th call of each kind fails with each errno, or a signal comes with it."""
     done = run_python(
         f"import test_faults; test_faults.{sweep}(ioloop.{poller})",
         LD_PRELOAD=preload,
@@ -377,7 +377,7 @@ def add_callback(world):
 
 @operation
 def add_callback_for_a_poller_of_ours(world):
-    """The doorbell rings for whoever watches fileno()."""
+    """The waker signals whoever watches fileno()."""
     with contextlib.suppress(OSError):
         world.loop.fileno()
     world.loop.run_once(0)

@@ -18,29 +18,31 @@ import types
 import weakref
 
 import pytest
-from helpers import (
+from fakes import (
+    FOREVER,
+    OPEN_LOOP_ONLY,
     READ,
     WRITE,
+    Exit,
     Recorder,
     ScriptedPoller,
-    child,
-    nothing_free,
-    pair,
+    fail,
     run_until,
+    start_until,
     turn,
 )
-from support import (
-    OPEN_LOOP_ONLY,
-    Exit,
+from kernel import nothing_free, on_signal, pair, pend, pipe, readable
+from processes import (
     Thread,
-    fail,
+    child,
     flooded,
+    forking,
+    in_child,
     in_thread,
     is_asleep,
-    on_signal,
-    readable,
     sleeping,
     wait_until,
+    when_asleep,
 )
 
 import ioloop
@@ -52,21 +54,44 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def still_works(loop, a, b, calls):
-    """The parent's loop gets its events and its wake-ups."""
+    """The parent's loop gets its events and its wake-ups; `a` is removed in the end."""
     calls.clear()
     b.send(b"x")
     turn(loop)
     assert [fd for fd, _ in calls] == [a]
     a.recv(1)
-    thread = Thread(loop.stop)
-    loop.start()
-    thread.join()
+    with Thread(loop.stop):
+        loop.start()
+    loop.remove_handler(a)
+
+
+def reinit(loop):
+    """In the child: the loop works, on files of its own."""
+    loop.reinit()
+    assert not loop.running()
+    start_until(loop, None)
+    loop.close()
+
+
+def start_until_refused(loop, pids):
+    """In the child, of which `pids` is [0], start() ends by an error."""
+    try:
+        loop.start()
+        assert pids != [0]
+    except RuntimeError as error:
+        assert pids == [0] and "made before a fork" in str(error)
+
+
+by_whom = pytest.mark.parametrize(
+    "by", [lambda fork: fork(), in_thread], ids=["callback", "thread"]
+)
 
 
 # -- An inherited loop ---------------------------------------------------------
 
 
-def test_B18_every_use_in_the_child_is_refused(loop):
+@pytest.mark.row("B18")
+def test_every_use_in_the_child_is_refused(loop):
     """By an error that says what to do."""
     with child() as inside:
         if inside:
@@ -78,9 +103,10 @@ def test_B18_every_use_in_the_child_is_refused(loop):
             assert loop.time() > 0
 
 
-@pytest.mark.parametrize("way", ["close", "drop", "reinit", "remove"])
-def test_B18_the_child_leaves_the_parent_alone(loop, way):
-    """Score row 15."""
+@pytest.mark.row("B18")
+@pytest.mark.parametrize("way", ["close", "close all", "drop", "reinit", "remove"])
+def test_the_child_leaves_the_parent_alone(loop, way):
+    """Whatever it does to its copy: the kernel's set is one for both."""
     calls = Recorder()
     with pair() as (a, b):
         loop.add_handler(a, calls, READ)
@@ -89,6 +115,9 @@ def test_B18_the_child_leaves_the_parent_alone(loop, way):
                 if way == "close":
                     loop.close()
                     loop.close()
+                elif way == "close all":
+                    loop.close(all_fds=True)
+                    assert a.fileno() == -1
                 elif way == "drop":
                     a.close()
                 else:
@@ -97,22 +126,10 @@ def test_B18_the_child_leaves_the_parent_alone(loop, way):
                         loop.remove_handler(a)
                     loop.close()
         still_works(loop, a, b, calls)
-        loop.remove_handler(a)
 
 
-def test_B18_close_all_fds_in_the_child(loop):
-    calls = Recorder()
-    with pair() as (a, b):
-        loop.add_handler(a, calls, READ)
-        with child() as inside:
-            if inside:
-                loop.close(all_fds=True)
-                assert a.fileno() == -1
-        still_works(loop, a, b, calls)
-        loop.remove_handler(a)
-
-
-def test_B19_reinit_keeps_what_was_there(loop):
+@pytest.mark.row("B19")
+def test_reinit_keeps_what_was_there(loop):
     """Handlers, callbacks and timeouts, in both processes."""
     log = []
     with readable() as (a, _):
@@ -127,25 +144,40 @@ def test_B19_reinit_keeps_what_was_there(loop):
                 assert handle.callback is not None
                 turn(loop)
                 assert log == ["c", "t", "h"]
-                thread = threading.Thread(target=loop.add_callback, args=(loop.stop,))
                 loop.remove_handler(a)
-                thread.start()
-                loop.start()
-                thread.join()
+                with Thread(loop.add_callback, loop.stop):
+                    loop.start()
                 loop.close()
         turn(loop)
         loop.remove_handler(a)
     assert log == ["c", "t", "h"]
 
 
-def test_B19_the_doorbell_is_not_shared(loop):
+def test_loops_whose_truth_is_the_users_own_are_found(poller):
+    """The fork's hook asks none of them whether it is true."""
+
+    class Empty(poller.module.IOLoop):
+        def __len__(self):
+            return 0
+
+    class Broken(poller.module.IOLoop):
+        def __bool__(self):
+            raise ZeroDivisionError
+
+    def look():
+        assert "forked" in repr(empty) and "forked" in repr(broken)
+
+    with Empty(poller.impl()) as empty, Broken(poller.impl()) as broken:
+        in_child(look)
+
+
+@pytest.mark.row("B19")
+def test_the_waker_is_not_shared(loop):
     """A child that rings its own does not wake the parent, and the reverse."""
     with child() as inside:
         if inside:
             loop.reinit()
-            threads = [threading.Thread(target=loop.stop) for _ in range(10)]
-            for thread in threads:
-                thread.start()
+            threads = [Thread(loop.stop) for _ in range(10)]
             loop.start()
             for thread in threads:
                 thread.join()
@@ -165,7 +197,11 @@ def test_masks_are_kept(loop):
             if inside:
                 loop.reinit()
                 turn(loop)
-                assert calls == [(a, READ | WRITE)]
+                assert calls.take() == [(a, READ | WRITE)]
+                loop.update_handler(b, WRITE)
+                loop.remove_handler(a)
+                turn(loop)
+                assert calls == [(b, WRITE)]
                 loop.close()
         loop.remove_handler(a)
         loop.remove_handler(b)
@@ -190,11 +226,11 @@ def test_a_descriptor_closed_in_the_child(loop):
         loop.remove_handler(b)
 
 
-def test_numbers_closed_in_the_child_that_become_the_loops_own(make_loop, poller):
-    """Those of the new poller and doorbell; what had them before is forgotten."""
+def test_numbers_closed_in_the_child_that_become_the_loops_own(make_loop):
+    """Those of the new poller and waker; what had them before is forgotten."""
     with pair() as (a, _):
         numbers = [os.dup(a.fileno()) for _ in range(6)]
-        loop = make_loop(impl=poller.impl())
+        loop = make_loop()
         for number in numbers:
             loop.add_handler(number, fail, READ)
         with child() as inside:
@@ -204,8 +240,7 @@ def test_numbers_closed_in_the_child_that_become_the_loops_own(make_loop, poller
                 loop.reinit()
                 assert set(numbers) & set(open_files())
                 assert loop._handlers.keys() == set(numbers) - set(open_files())
-                loop.add_callback(loop.stop)
-                loop.start()
+                start_until(loop, None)
                 loop.close()
         for number in numbers:
             loop.remove_handler(number)
@@ -240,77 +275,60 @@ def test_fork_inside_a_callback(loop, way):
 
 def test_fork_inside_a_callback_and_return_from_start(loop):
     """The child that reinits goes on running the inherited start()."""
-    pids = []
 
-    def fork():
-        pids.append(os.fork())
-        if pids[0] == 0:
+    def call():
+        if fork() == 0:
             loop.reinit()
         loop.call_later(0.001, loop.stop)
 
-    loop.add_callback(fork)
-    try:
+    with forking() as fork:
+        loop.add_callback(call)
         loop.start()
-    finally:
-        if pids[0] == 0:
-            os._exit(loop.stats()["timeouts"] != 1)
-    assert os.waitpid(pids[0], 0)[1] == 0
+        assert loop.stats()["timeouts"] == 1
 
 
 def test_signals_wake_the_child_that_goes_on_with_start(loop):
-    """The wakeup fd is that of the new doorbell, for signals that a thread gets."""
-    pids = []
+    """The wakeup fd is that of the new waker, for signals that a thread gets."""
 
     def kill_itself(main):
         wait_until(lambda: is_asleep(main))
         signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
 
-    def fork():
-        pids.append(os.fork())
-        if pids[0]:
+    def call():
+        if fork():
             loop.stop()
         else:
             signal.alarm(20)
             loop.reinit()
             Thread(kill_itself, types.SimpleNamespace(native_id=os.getpid()))
 
-    loop.add_callback(fork)
-    with on_signal(signal.SIGUSR1, lambda *_: loop.stop()):
-        try:
-            loop.start()
-        finally:
-            if pids[0] == 0:
-                os._exit(0)
-    assert os.waitpid(pids[0], 0)[1] == 0
+    loop.add_callback(call)
+    with forking() as fork, on_signal(signal.SIGUSR1, lambda *_: loop.stop()):
+        loop.start()
 
 
 def test_fork_inside_a_callback_without_reinit(loop):
     """The child's start() ends by the same error, and touches nothing."""
-    pids, calls = [], Recorder()
+    pids, calls, later = [], Recorder(), []
+
+    def call():
+        loop.add_callback(later.append, "called")
+        pids.append(fork())
+        if pids[0]:
+            loop.stop()
+
     with pair() as (a, b):
         loop.add_handler(a, calls, READ)
-
-        def fork():
-            pids.append(os.fork())
-            if pids[0]:
-                loop.stop()
-
-        loop.add_callback(fork)
-        code = 1
-        try:
-            loop.start()
-        except RuntimeError as error:
-            code = "fork" not in str(error)
-        finally:
-            if pids[0] == 0:
-                os._exit(code)
-        assert os.waitpid(pids[0], 0)[1] == 0
+        loop.add_callback(call)
+        with forking() as fork:
+            start_until_refused(loop, pids)
+            assert later == []
         still_works(loop, a, b, calls)
-        loop.remove_handler(a)
 
 
-@pytest.mark.parametrize("by", ["callback", "thread"])
-def test_E7_a_child_does_not_ring_the_parents_bell(loop, by):
+@pytest.mark.row("E7")
+@by_whom
+def test_a_child_does_not_ring_the_parents_bell(loop, by):
     """Its wakeup fd is what it was before start(), whoever has forked."""
 
     def fork():
@@ -320,7 +338,7 @@ def test_E7_a_child_does_not_ring_the_parents_bell(loop, by):
                     signal.raise_signal(signal.SIGUSR1)
                 assert signal.set_wakeup_fd(-1) == -1
 
-    loop.add_callback(*((fork,) if by == "callback" else (in_thread, fork)))
+    loop.add_callback(by, fork)
     loop.add_callback(loop.stop)
     with on_signal(signal.SIGUSR1, lambda *_: None):
         loop.start()
@@ -328,90 +346,74 @@ def test_E7_a_child_does_not_ring_the_parents_bell(loop, by):
     assert loop.stats()["events"] == 0
 
 
-def start_and_fork(loop, pids):
-    """SIGUSR1 forks; the child exits with 0 if its start() was refused."""
-    code = 1
-    try:
-        with on_signal(signal.SIGUSR1, lambda *_: pids.append(os.fork())):
-            loop.start()
-    except RuntimeError as error:
-        code = "made before a fork" not in str(error)
-    finally:
-        if pids == [0]:
-            os._exit(code)
-
-
-def test_B18_fork_in_a_signal_handler_while_the_loop_sleeps(loop):
-    """The child's start() ends, and the parent's goes on."""
-    pids = []
+@contextlib.contextmanager
+def forked_by_a_signal(loop, wait_for_child):
+    """Run a loop, let a signal handler fork while it sleeps, and stop it."""
+    pids, main = [], threading.main_thread()
 
     def signal_and_stop():
-        main = threading.main_thread()
-        wait_until(lambda: is_asleep(main))
         os.kill(os.getpid(), signal.SIGUSR1)
         wait_until(lambda: pids)
-        status = os.waitpid(pids[0], 0)[1]
+        if wait_for_child:
+            os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOWAIT)
         wait_until(lambda: is_asleep(main))
         loop.add_callback(loop.stop)
-        return status
 
     loop.call_later(10, loop.stop)
-    thread = Thread(signal_and_stop)
-    start_and_fork(loop, pids)
-    assert thread.join() == 0
-    assert loop.stats()["timeouts"] == 0, "nothing else has woken the loop"
+    with forking() as fork:
+        with on_signal(signal.SIGUSR1, lambda *_: pids.append(fork())):
+            thread = when_asleep(signal_and_stop)
+            start_until_refused(loop, pids)
+        if pids != [0]:
+            thread.join()
+            assert loop.stats()["timeouts"] == 0, "nothing else has woken the loop"
+            yield
 
 
-def test_B18_fork_in_a_signal_handler_with_a_python_poller():
+@pytest.mark.row("B18")
+def test_fork_in_a_signal_handler_while_the_loop_sleeps(loop):
+    """The child's start() ends, and the parent's goes on."""
+    with forked_by_a_signal(loop, wait_for_child=True):
+        pass
+
+
+@pytest.mark.row("B18")
+def test_fork_in_a_signal_handler_with_a_python_poller():
     """Its poll() goes on after the signal: the child finds out when that ends."""
-    pids = []
-
-    def signal_and_stop():
-        main = threading.main_thread()
-        wait_until(lambda: is_asleep(main))
-        os.kill(os.getpid(), signal.SIGUSR1)
-        wait_until(lambda: pids and is_asleep(main))
-        loop.add_callback(loop.stop)
-
     with pair() as (a, b), ioloop.IOLoop(impl=select.epoll()) as loop:
         loop.add_handler(a, fail, READ)
-        loop.call_later(10, loop.stop)
-        thread = Thread(signal_and_stop)
-        start_and_fork(loop, pids)
-        thread.join()
-        assert loop.stats()["timeouts"] == 0, "add_callback() has woken the loop"
-        b.send(b"x")  # in the epoll that both have
-        assert os.waitpid(pids[0], 0)[1] == 0
+        with forked_by_a_signal(loop, wait_for_child=False):
+            b.send(b"x")  # in the epoll that both have
 
 
-def test_B21_fork_from_a_thread(loop):
-    """Its thread is the child's main thread."""
+@pytest.mark.row("B21")
+def test_fork_from_a_thread(loop, make_loop):
+    """In the child it is the main thread, with all that is the main thread's."""
 
-    def fork():
-        with child() as inside:
-            if inside:
-                loop.reinit()
-                loop.add_callback(loop.stop)
-                loop.start()
-                loop.close()
+    def use(loop):
+        loop.set_blocking_signal_threshold(30, None)
+        loop.call_later(FOREVER, fail)
+        loop.add_callback(*pend(signal.SIGUSR1))
+        with on_signal(signal.SIGUSR1, lambda *_: loop.stop()):
+            loop.start()
+        loop.close()
 
-    in_thread(fork)
+    def use_in_child():
+        loop.reinit()
+        use(loop)
+        use(make_loop())
+
+    turn(loop)
+    in_thread(in_child, use_in_child)
+    use(loop)
 
 
 def test_fork_while_another_thread_runs_the_loop(loop):
-    thread = Thread(loop.start)
-    wait_until(loop.running)
-    with child() as inside:
+    with sleeping(loop), child() as inside:
         if inside:
             with pytest.raises(RuntimeError, match="fork"):
                 loop.add_callback(int)
-            loop.reinit()
-            assert not loop.running()
-            loop.add_callback(loop.stop)
-            loop.start()
-            loop.close()
-    loop.stop()
-    thread.join()
+            reinit(loop)
 
 
 @pytest.mark.parametrize("context", ["empty", "own"])
@@ -438,24 +440,24 @@ def test_fork_while_another_thread_is_inside_a_call(loop, where, context):
         loop.add_handler(a, handler, READ)
         add()
 
+    def go_on():
+        loop.reinit()
+        seen.clear()
+        contextvars.Context().run(add)
+        add()
+        run_until(loop, lambda: len(seen) == 3)
+        loop.close()
+
     with readable() as (a, _):
         handler = functools.partial(call, "handler")
         contextvars.Context().run(add_all, handler)
-        thread = Thread(loop.start)
-        entered.wait()
-        try:
-            with child() as inside:
-                if inside:
-                    loop.reinit()
-                    seen.clear()
-                    contextvars.Context().run(add)
-                    add()
-                    run_until(loop, lambda: len(seen) == 3)
-                    loop.close()
-        finally:
-            leave.set()
-            loop.stop()
-            thread.join()
+        with Thread(loop.start):
+            entered.wait()
+            try:
+                in_child(go_on)
+            finally:
+                leave.set()
+                loop.stop()
         loop.remove_handler(a)
 
 
@@ -463,12 +465,7 @@ def test_fork_while_other_threads_queue(loop):
     """Whatever a thread held when it vanished, the child's copy is usable."""
     with flooded(loop):
         for _ in range(5):
-            with child() as inside:
-                if inside:
-                    loop.reinit()
-                    loop.add_callback(loop.stop)
-                    loop.start()
-                    loop.close()
+            in_child(reinit, loop)
             loop.run_once(0)
 
 
@@ -476,11 +473,10 @@ def test_signals_wake_the_child(loop):
     with child() as inside:
         if inside:
             loop.reinit()
+            loop.call_later(60, fail)
             with on_signal(signal.SIGUSR1, lambda *_: loop.stop()):
-                thread = Thread(os.kill, os.getpid(), signal.SIGUSR1)
-                loop.call_later(60, fail)
-                loop.start()
-                thread.join()
+                with Thread(os.kill, os.getpid(), signal.SIGUSR1):
+                    loop.start()
             loop.close()
 
 
@@ -495,8 +491,7 @@ def test_instance_in_the_child(poller):
                 assert not cls.initialized()
                 other = cls.instance()
                 assert other is not loop
-                other.add_callback(other.stop)
-                other.start()
+                start_until(other, None)
                 other.close()
         turn(loop)
     finally:
@@ -540,8 +535,9 @@ def test_a_python_poller_needs_a_reinit_of_its_own():
                 loop.close()
 
 
-def test_B18_a_refused_reinit_leaves_the_parent_alone():
-    """The doorbell stays in an epoll that both have."""
+@pytest.mark.row("B18")
+def test_a_refused_reinit_leaves_the_parent_alone():
+    """The waker stays in an epoll that both have."""
     with ioloop.IOLoop(impl=select.epoll()) as loop:
         with child() as inside:
             if inside:
@@ -566,42 +562,31 @@ def test_reinit_without_a_fork_changes_nothing(loop):
 def test_a_watched_loop_in_the_child(loop):
     """The watch is not inherited; the child's start() makes its own."""
     loop.set_blocking_log_threshold(60)
-    with child() as inside:
-        if inside:
-            loop.reinit()
-            loop.add_callback(loop.stop)
-            loop.start()
-            loop.close()
+    in_child(reinit, loop)
     turn(loop)
 
 
 @pytest.mark.parametrize("call", [lambda run: run(), in_thread], ids=["main", "thread"])
 def test_a_watched_loop_that_goes_on_in_the_child(loop, expect_log, call):
     """Nor by the start() that is going on: reinit() starts another watch."""
+    pids = []
 
-    def fork():
-        pids.append(os.fork())
-        if pids[0] == 0:
+    def fork_and_stop(fork):
+        pids.append(fork())
+        if pids == [0]:
             loop.reinit()
             loop.add_callback(time.sleep, 0.5)
         loop.add_callback(loop.stop)
 
     def run():
-        code = 1
-        try:
+        with forking() as fork:
+            loop.add_callback(fork_and_stop, fork)
             loop.start()
-            if pids[0] == 0:
+            if pids == [0]:
                 expect_log.take("blocked")
-                code = 0
-        finally:
-            if pids[0] == 0:
-                os._exit(code)
 
-    pids = []
     loop.set_blocking_log_threshold(0.1)
-    loop.add_callback(fork)
     call(run)
-    assert os.waitpid(pids[0], 0)[1] == 0
     expect_log.clear()  # the fork may have taken its time
 
 
@@ -641,44 +626,38 @@ def close(loops):
     loops[0].close()
 
 
-def reinit(loops):
-    """The loop works, on files of its own."""
-    [loop] = loops
-    loop.reinit()
-    loop.add_callback(loop.stop)
-    loop.start()
-    loop.close()
+def reinit_and_close(loops):
+    reinit(loops[0])
 
 
 def fork_again(loops):
-    with child() as inside:
-        if inside:
-            close(loops)
+    in_child(close, loops)
     drop(loops)
 
 
 def reinit_and_fork(loops):
     """Now the loop's numbers are those that it got in the first child."""
     loops[0].reinit()
-    with child() as inside:
-        if inside:
-            with daemonized():
-                drop(loops)
+    in_child(in_daemon, drop, loops)
     loops[0].close()
 
 
+def in_daemon(target, *args):
+    with daemonized():
+        target(*args)
+
+
 @pytest.mark.parametrize("watched", [False, True], ids=["", "fileno"])
-@pytest.mark.parametrize("way", [drop, close, reinit, fork_again, reinit_and_fork])
+@pytest.mark.parametrize(
+    "way", [drop, close, reinit_and_close, fork_again, reinit_and_fork]
+)
 def test_a_daemon_keeps_its_files(poller, way, watched):
     """Whatever it does with the loop of its parent, also one that another polled."""
     loops = [poller.module.IOLoop(impl=poller.impl())]
     if watched:
         with contextlib.suppress(io.UnsupportedOperation):
             loops[0].fileno()
-    with child() as inside:
-        if inside:
-            with daemonized():
-                way(loops)
+    in_child(in_daemon, way, loops)
     turn(loops[0])
     loops.pop().close()
 
@@ -691,21 +670,18 @@ def test_a_daemon_keeps_its_files_when_reinit_fails(loop):
                 for spare in range(4):
                     with nothing_free(spare), contextlib.suppress(OSError):
                         loop.reinit()
-                reinit([loop])
+                reinit(loop)
 
 
-@pytest.mark.parametrize("forker", ["callback", "thread"])
-def test_a_daemon_keeps_its_files_when_nested_loops_ran(make_loop, poller, forker):
-    outer, inner = make_loop(), make_loop(impl=poller.impl())
+@by_whom
+def test_a_daemon_keeps_its_files_when_nested_loops_ran(make_loop, by):
+    outer, inner = make_loop(), make_loop()
 
-    def fork():
-        with child() as inside:
-            if inside:
-                with daemonized():
-                    outer.close()
-                    inner.close()
+    def close_both():
+        outer.close()
+        inner.close()
 
-    inner.add_callback(*((fork,) if forker == "callback" else (in_thread, fork)))
+    inner.add_callback(by, lambda: in_child(in_daemon, close_both))
     inner.add_callback(inner.stop)
     outer.add_callback(inner.start)
     outer.add_callback(outer.stop)
@@ -713,10 +689,10 @@ def test_a_daemon_keeps_its_files_when_nested_loops_ran(make_loop, poller, forke
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["", "nested"])
-@pytest.mark.parametrize("forker", ["callback", "thread"])
-def test_the_wakeup_fd_of_a_child_is_the_programs(make_loop, poller, forker, nested):
+@by_whom
+def test_the_wakeup_fd_of_a_child_is_the_programs(make_loop, by, nested):
     """From the moment of the fork on: the child may close all the others at once."""
-    loop, inner = make_loop(), make_loop(impl=poller.impl())
+    loop, inner = make_loop(), make_loop()
     # From 3.12 on asyncio, once it is imported, sets it to -1 in all children.
     given_back = sys.version_info < (3, 12) or "asyncio" not in sys.modules
     with pair() as (a, b):
@@ -729,10 +705,9 @@ def test_the_wakeup_fd_of_a_child_is_the_programs(make_loop, poller, forker, nes
                     assert found == (b.fileno() if given_back else -1)
                     assert not given_back or a.recv(9) == bytes([signal.SIGUSR1])
 
-        call = (fork,) if forker == "callback" else (in_thread, fork)
-        inner.add_callback(*call)
+        inner.add_callback(by, fork)
         inner.add_callback(inner.stop)
-        loop.add_callback(*((inner.start,) if nested else call))
+        loop.add_callback(*((inner.start,) if nested else (by, fork)))
         loop.add_callback(loop.stop)
         signal.set_wakeup_fd(b.fileno())
         try:
@@ -758,19 +733,22 @@ def test_a_future_that_ends_in_a_child_waits_for_reinit(loop, caplog):
     assert log == []
 
 
-def test_a_child_finishes_what_its_parents_handler_has_begun(loop, expect_log):
+@pytest.mark.parametrize("when", ["before reinit", "after reinit"])
+def test_a_child_finishes_what_its_parents_handler_has_begun(loop, expect_log, when):
     """A handler whose future is not done is not called again, there as well."""
     calls, gate = [], concurrent.futures.Future()
     with readable() as (a, _):
         loop.add_handler(a, lambda *_: calls.append(1) or gate, READ)
         turn(loop, 2)
-        expect_log.take("not called again")
         with child() as inside:
             if inside:
+                if when == "before reinit":
+                    gate.set_result(None)
                 loop.reinit()
-                turn(loop, 3)
-                assert len(calls) == 1
-                gate.set_result(None)
+                if when == "after reinit":
+                    turn(loop, 3)
+                    assert len(calls) == 1
+                    gate.set_result(None)
                 turn(loop, 3)
                 assert len(calls) > 1
                 loop.close()
@@ -786,29 +764,22 @@ def test_preforked_servers_on_one_listening_socket(poller):
     clients, workers = 20, 3
     with socket.create_server(("127.0.0.1", 0), backlog=clients) as server:
         server.setblocking(False)
-        pids, (ready, tell) = [], os.pipe()
-        for _ in range(workers):
-            pid = os.fork()
-            if pid == 0:
-                code = 1
-                try:
-                    serve(poller, server, tell)
-                    code = 0
-                finally:
-                    os._exit(code)
-            pids.append(pid)
-        for _ in pids:
-            os.read(ready, 1)
-        os.close(ready), os.close(tell)
-        answers = []
-        for _ in range(clients):
-            with socket.create_connection(server.getsockname(), timeout=20) as client:
-                client.sendall(b"?")
-                answers.append(client.recv(99))
-        for pid in pids:
-            os.kill(pid, signal.SIGTERM)
-        statuses = [os.waitpid(pid, 0)[1] for pid in pids]
-    assert statuses == [0] * workers
+        pids, answers = [], []
+        with pipe() as (ready, tell), forking() as fork:
+            for _ in range(workers):
+                pids.append(fork())
+                if pids[-1] == 0:
+                    return serve(poller, server, tell)
+            os.set_blocking(ready, True)
+            for _ in pids:
+                os.read(ready, 1)
+            address = server.getsockname()
+            for _ in range(clients):
+                with socket.create_connection(address, timeout=20) as client:
+                    client.sendall(b"?")
+                    answers.append(client.recv(99))
+            for pid in pids:
+                os.kill(pid, signal.SIGTERM)
     assert len(answers) == clients
     assert {int(answer) for answer in answers} <= set(pids)
 
@@ -835,39 +806,15 @@ def serve(poller, server, tell):
         loop.start()
 
 
-def work(connection):
-    """What a process of multiprocessing does."""
-    with ioloop.IOLoop() as loop:
-        total = []
-        loop.add_handler(
-            connection,
-            lambda *_: (total.append(connection.recv()), loop.stop()),
-            READ,
-        )
-        loop.start()
-        connection.send(sum(total) + 1)
-
-
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_multiprocessing(method):
+def test_multiprocessing(method, monkeypatch):
     """A loop here, and one in the other process."""
     context = multiprocessing.get_context(method)
     ours, theirs = context.Pipe()
-    path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.path.dirname(ioloop.__file__)
-    try:
-        if method == "fork":
-            process = context.Process(target=work, args=(theirs,))
-            process.start()
-        else:
-            # Test modules have no importable name: the code goes as text.
-            process = context.Process(target=exec, args=(SPAWNED, {"pipe": theirs}))
-            process.start()
-    finally:
-        if path is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = path
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(ioloop.__file__))
+    # Test modules have no importable name: the code goes as text.
+    process = context.Process(target=exec, args=(ANSWER, {"pipe": theirs}))
+    process.start()
     with ioloop.IOLoop() as loop, ours, theirs:
         answers = []
         loop.add_handler(ours, lambda c, _: (answers.append(c.recv()), loop.stop()), 1)
@@ -880,7 +827,7 @@ def test_multiprocessing(method):
     assert answers == [42]
 
 
-SPAWNED = """
+ANSWER = """
 import ioloop
 with ioloop.IOLoop() as loop:
     def answer(pipe, events):
@@ -901,7 +848,8 @@ def stop_resource_tracker():
 # -- Interpreters --------------------------------------------------------------
 
 
-def test_B24_subinterpreter(poller):
+@pytest.mark.row("B24")
+def test_subinterpreter(poller):
     """It works, or the import says clearly that it does not."""
     done = poller.run(
         """
@@ -934,8 +882,9 @@ def test_B24_subinterpreter(poller):
     assert done.stdout == "done\n"
 
 
+@pytest.mark.row("B22")
 @pytest.mark.parametrize("busy", ["asleep", "callbacks", "timeouts", "flooded"])
-def test_B22_exit_with_a_running_loop_in_a_daemon_thread(poller, busy):
+def test_exit_with_a_running_loop_in_a_daemon_thread(poller, busy):
     done = poller.run(
         f"""
         import threading, time
@@ -963,8 +912,9 @@ def test_B22_exit_with_a_running_loop_in_a_daemon_thread(poller, busy):
     assert (done.stdout, done.stderr) == ("end\n", "")
 
 
+@pytest.mark.row("B23")
 @pytest.mark.parametrize("kept", ["module", "cycle", "instance", "current", "atexit"])
-def test_B23_a_loop_that_is_alive_at_the_end(poller, kept):
+def test_a_loop_that_is_alive_at_the_end(poller, kept):
     """No complaint about what is gone already."""
     done = poller.run(
         f"""
@@ -1010,29 +960,6 @@ def test_exceptions_in_the_child_stay_there(loop):
     with child() as inside:
         if inside:
             loop.reinit()
-            loop.add_callback(fail, Exit)
-            with pytest.raises(Exit):
-                loop.start()
+            start_until(loop, Exit)
             loop.close()
     turn(loop)
-
-
-def test_a_paused_handler_whose_future_ends_in_a_child(loop, expect_log):
-    """Before the child's reinit(), which takes it up again."""
-    calls, future = [], concurrent.futures.Future()
-
-    def handler(sock, events):
-        calls.append(1)
-        return None if future.done() else future
-
-    with readable() as (a, _):
-        loop.add_handler(a, handler, READ)
-        turn(loop, 2)
-        expect_log.take("not called again")
-        with child() as is_child:
-            if is_child:
-                future.set_result(None)
-                loop.reinit()
-                turn(loop, 3)
-                assert len(calls) > 1
-        loop.remove_handler(a)

@@ -3,35 +3,24 @@ fake itself where the tests lean on it.  What all pollers share is elsewhere."""
 
 import ctypes
 import errno
-import fcntl
 import os
-import select
 import signal
 import socket
-import sysconfig
-from pathlib import Path
-from unittest import mock
 
 import pytest
-from helpers import (
-    ERROR,
-    NONE,
-    READ,
-    WRITE,
-    Recorder,
-    child,
-    close,
-    idle,
-    pair,
-    pairs,
-    pipe,
-    turn,
-)
-from support import compile_library
+import test_pollers
+from building import HERE, compile_library
+from fakes import ERROR, NONE, READ, WRITE, Recorder, idle, turn
+from kernel import alarm, close, pairs
+from processes import child
 
 import ioloop
 
 pytestmark = pytest.mark.parametrize("poller", ["kqueue"], indirect=True)
+
+# Fixtures, as there.
+sockets, sock, peer = test_pollers.sockets, test_pollers.sock, test_pollers.peer
+calls = test_pollers.calls
 
 
 @pytest.fixture
@@ -90,9 +79,9 @@ def fake(tmp_path_factory):
     """The fake by itself: make_queue(), change(...) and ready(...)."""
     source = tmp_path_factory.mktemp("fake") / "fake.c"
     source.write_text(FAKE)
-    include = [sysconfig.get_path("include"), str(Path(__file__).parent)]
-    with mock.patch.dict(os.environ, C_INCLUDE_PATH=os.pathsep.join(include)):
-        return ctypes.CDLL(str(compile_library(source, source.with_suffix(".so"))))
+    header = HERE / "fake_kqueue.h"
+    library = compile_library(source, f"-I{HERE}", depends=[header])
+    return ctypes.CDLL(str(library))
 
 
 class Queue:
@@ -122,28 +111,27 @@ def queue(queues):
     return queues[0]
 
 
-def test_the_fake_enables_and_disables_as_bsd(queue):
+def test_the_fake_enables_and_disables_as_bsd(queue, sock, peer):
     """Adding a filter that is there changes nothing of that."""
-    with pair() as (a, b):
-        b.send(b"x")
-        fd = a.fileno()
-        assert queue.change(fd, EV_READ, ENABLE) == errno.ENOENT
-        for flags, ready in (
-            (ADD, [fd]),
-            (DISABLE, []),
-            (ADD, []),
-            (ENABLE, [fd]),
-            (ADD | DISABLE, []),
-            (ADD | ENABLE, [fd]),
-            (ADD, [fd]),
-        ):
-            assert queue.change(fd, EV_READ, flags) == 0
-            assert queue.ready() == ready
-        assert queue.change(fd, EV_READ, DELETE) == 0
-        assert queue.change(fd, EV_READ, DISABLE) == errno.ENOENT
-        assert queue.change(fd, EV_READ, ADD | DISABLE) == 0
-        assert queue.change(fd, EV_WRITE, DELETE) == errno.ENOENT
-        assert queue.ready() == []
+    peer.send(b"x")
+    fd = sock.fileno()
+    assert queue.change(fd, EV_READ, ENABLE) == errno.ENOENT
+    for flags, ready in (
+        (ADD, [fd]),
+        (DISABLE, []),
+        (ADD, []),
+        (ENABLE, [fd]),
+        (ADD | DISABLE, []),
+        (ADD | ENABLE, [fd]),
+        (ADD, [fd]),
+    ):
+        assert queue.change(fd, EV_READ, flags) == 0
+        assert queue.ready() == ready
+    assert queue.change(fd, EV_READ, DELETE) == 0
+    assert queue.change(fd, EV_READ, DISABLE) == errno.ENOENT
+    assert queue.change(fd, EV_READ, ADD | DISABLE) == 0
+    assert queue.change(fd, EV_WRITE, DELETE) == errno.ENOENT
+    assert queue.ready() == []
 
 
 @pytest.mark.parametrize("flags", [ADD, ADD | DISABLE])
@@ -193,76 +181,53 @@ def test_the_fake_keeps_queues_apart(queues):
 # -- Events -------------------------------------------------------------------
 
 
-def test_A20_eof_with_unread_data_is_read(loop):
-    with pair() as (a, b):
-        calls = Recorder()
-        loop.add_handler(a, calls, READ | WRITE)
-        b.send(b"abc")
-        b.shutdown(socket.SHUT_WR)
-        turn(loop)
-        assert calls.take() == [(a, READ | WRITE)]
-        assert a.recv(9) == b"abc"
-        turn(loop)
-        assert calls == [(a, READ | WRITE)]
-        assert a.recv(9) == b""
+@pytest.mark.row("A20")
+def test_eof_with_unread_data_is_read(loop, sock, peer, calls):
+    loop.add_handler(sock, calls, READ | WRITE)
+    peer.send(b"abc")
+    peer.shutdown(socket.SHUT_WR)
+    turn(loop)
+    assert calls.take() == [(sock, READ | WRITE)]
+    assert sock.recv(9) == b"abc"
+    turn(loop)
+    assert calls == [(sock, READ | WRITE)]
+    assert sock.recv(9) == b""
 
 
-def test_A20_eof_of_both_filters(loop):
+@pytest.mark.row("A20")
+@pytest.mark.parametrize("asked", [READ, WRITE, READ | WRITE])
+def test_eof_of_each_filter_asked_for(loop, sock, peer, calls, asked):
     """The peer has gone for good: READ for what is left, ERROR for the writer."""
-    with pair() as (a, b):
-        calls = Recorder()
-        loop.add_handler(a, calls, READ | WRITE)
-        b.send(b"abc")
-        b.close()
-        turn(loop)
-        [(_, events)] = calls
-        assert events & READ
-        assert events & ERROR
-        assert a.recv(9) == b"abc"
+    loop.add_handler(sock, calls, asked)
+    peer.send(b"abc")
+    peer.close()
+    turn(loop)
+    [(_, events)] = calls
+    assert bool(events & READ) == bool(asked & READ)
+    assert bool(events & ERROR) == bool(asked & WRITE)
+    assert sock.recv(9) == b"abc"
 
 
-@pytest.mark.parametrize("asked", [READ, WRITE])
-def test_A20_eof_of_the_one_filter_asked_for(loop, asked):
-    with pair() as (a, b):
-        calls = Recorder()
-        loop.add_handler(a, calls, asked)
-        b.close()
-        turn(loop)
-        [(_, events)] = calls
-        assert events & (READ if asked == READ else ERROR)
+@pytest.mark.row("A22")
+def test_removed_between_its_two_events(loop, sock, peer):
+    calls = []
+
+    def handler(fd, events):
+        calls.append(events)
+        loop.remove_handler(fd)
+
+    loop.add_handler(sock, handler, READ | WRITE)
+    peer.send(b"x")
+    turn(loop, 3)
+    assert calls == [READ | WRITE]
 
 
-def test_A22_two_filters_one_call(loop):
-    with pairs(20) as made:
-        calls = Recorder()
-        for a, b in made:
-            loop.add_handler(a, calls, READ | WRITE)
-            b.send(b"x")
-        turn(loop)
-        assert len(calls) == 20
-        assert {events for _, events in calls} == {READ | WRITE}
-
-
-def test_A22_removed_between_its_two_events(loop):
-    with pair() as (a, b):
-        calls = []
-
-        def handler(fd, events):
-            calls.append(events)
-            loop.remove_handler(fd)
-
-        loop.add_handler(a, handler, READ | WRITE)
-        b.send(b"x")
-        turn(loop, 3)
-        assert calls == [READ | WRITE]
-
-
-def test_A22_merged_also_when_the_two_come_apart(loop):
+@pytest.mark.row("A22")
+def test_merged_also_when_the_two_come_apart(loop, calls):
     """More filters ready than a poll can answer: no call twice in one batch."""
     count = 300
     fds = [os.eventfd(1, os.EFD_NONBLOCK) for _ in range(count)]
     try:
-        calls = Recorder()
         for fd in fds:
             loop.add_handler(fd, calls, READ | WRITE)
         seen = dict.fromkeys(fds, 0)
@@ -282,45 +247,45 @@ def test_A22_merged_also_when_the_two_come_apart(loop):
 # -- Changes ------------------------------------------------------------------
 
 
+@pytest.mark.row("A21")
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("code", ["ENOMEM", "ENOSPC"])
-def test_A21_add_is_all_or_nothing(loop, fail_add, n, code):
+def test_add_is_all_or_nothing(loop, fail_add, n, code, sock, peer):
     error = getattr(errno, code)
-    with pair() as (a, b):
-        old, new = Recorder(), Recorder()
-        fail_add(n, error)
-        with pytest.raises(OSError) as refusal:
-            loop.add_handler(a, old, READ | WRITE)
-        assert refusal.value.errno == error
-        assert loop.stats()["handlers"] == 0
-        b.send(b"x")
-        idle(loop)  # the half that was applied must be gone, or it spins
-        loop.add_handler(a, new, READ)
-        turn(loop)
-        assert (old, new) == ([], [(a, READ)])
+    old, new = Recorder(), Recorder()
+    fail_add(n, error)
+    with pytest.raises(OSError) as refusal:
+        loop.add_handler(sock, old, READ | WRITE)
+    assert refusal.value.errno == error
+    assert loop.stats()["handlers"] == 0
+    peer.send(b"x")
+    idle(loop)  # the half that was applied must be gone, or it spins
+    loop.add_handler(sock, new, READ)
+    turn(loop)
+    assert (old, new) == ([], [(sock, READ)])
 
 
+@pytest.mark.row("A21")
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("before", [NONE, READ, WRITE])
-def test_A21_update_is_all_or_nothing(loop, fail_add, before, n):
-    with pair() as (a, b):
-        calls = Recorder()
-        loop.add_handler(a, calls, before)
-        fail_add(n, errno.ENOMEM)
-        with pytest.raises(OSError):
-            loop.update_handler(a, READ | WRITE)
-        b.send(b"x")
-        turn(loop)
-        assert calls == ([(a, before)] if before else [])
-        if not before:
-            idle(loop, 0.01)
-        calls.clear()
-        loop.update_handler(a, READ | WRITE)
-        turn(loop)
-        assert calls == [(a, READ | WRITE)]
+def test_update_is_all_or_nothing(loop, fail_add, before, n, sock, peer, calls):
+    loop.add_handler(sock, calls, before)
+    fail_add(n, errno.ENOMEM)
+    with pytest.raises(OSError):
+        loop.update_handler(sock, READ | WRITE)
+    peer.send(b"x")
+    turn(loop)
+    assert calls == ([(sock, before)] if before else [])
+    if not before:
+        idle(loop, 0.01)
+    calls.clear()
+    loop.update_handler(sock, READ | WRITE)
+    turn(loop)
+    assert calls == [(sock, READ | WRITE)]
 
 
-def test_A21_delete_after_auto_removal(loop):
+@pytest.mark.row("A21")
+def test_delete_after_auto_removal(loop, calls):
     """The kernel has dropped the filters: ENOENT and EBADF are no news."""
     with pairs(2) as [(a, _), (b, b_peer)]:
         for events in (READ, WRITE, READ | WRITE):
@@ -334,122 +299,64 @@ def test_A21_delete_after_auto_removal(loop):
             loop.remove_handler(number)  # ENOENT
             os.close(number)
         assert loop.stats()["handlers"] == 0
-        calls = Recorder()
         loop.add_handler(b, calls, READ)
         b_peer.send(b"x")
         turn(loop)
         assert calls == [(b, READ)]
 
 
-@pytest.mark.parametrize("after", [READ, WRITE, READ | WRITE])
-def test_A21_update_after_auto_removal(loop, after):
-    with pairs(2) as [(a, _), (b, b_peer)]:
-        calls = Recorder()
-        number = a.fileno()
-        loop.add_handler(number, calls, READ | WRITE)
-        os.dup2(b.fileno(), number)
-        b_peer.send(b"x")
-        loop.update_handler(number, after)
-        turn(loop)
-        assert calls == [(number, after)]
-
-
-def test_A21_a_signal_in_the_wait_loses_no_change(loop):
+@pytest.mark.row("A21")
+def test_a_signal_in_the_wait_loses_no_change(loop, sock, peer, calls):
     """EINTR comes after the changes were applied; the wait goes on."""
-    with pair() as (a, b):
-        calls, signals = Recorder(), []
+    signals = []
 
-        def on_signal(*_):
-            signals.append("signal")
-            if len(signals) == 3:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                b.send(b"x")
-
-        before = signal.signal(signal.SIGALRM, on_signal)
-        try:
-            signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
-            loop.add_handler(a, lambda *call: (calls(*call), loop.stop()), READ)
-            loop.start()
-        finally:
+    def on_signal(*_):
+        signals.append("signal")
+        if len(signals) == 3:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
-        assert calls == [(a, READ)]
-        assert len(signals) == 3
+            peer.send(b"x")
+
+    with alarm(0.002, on_signal, interval=0.002):
+        loop.add_handler(sock, lambda *call: (calls(*call), loop.stop()), READ)
+        loop.start()
+    assert calls == [(sock, READ)]
+    assert len(signals) == 3
 
 
 @pytest.mark.parametrize("events", [READ, WRITE, READ | WRITE])
-def test_no_events_asked_and_then_an_add_that_fails(loop, fail_add, events):
+def test_no_events_asked_and_then_an_add_that_fails(
+    loop, fail_add, events, sock, peer, calls
+):
     """What stands for no events is as quiet after it as before."""
-    with pair() as (a, b):
-        calls = Recorder()
-        b.send(b"x")
-        loop.add_handler(a, calls, events)
-        loop.update_handler(a, NONE)
-        fail_add(1, errno.ENOMEM)
-        with pytest.raises(OSError):
-            loop.update_handler(a, events)
-        b.close()
-        idle(loop, 0.01)
-        assert calls == []
-        with pytest.raises(FileExistsError):
-            loop.add_handler(a, calls, events)
-
-
-def test_write_end_of_a_pipe_closed_before_it_is_added(loop):
-    with pipe() as (reader, writer):
-        os.close(reader)
-        calls = Recorder()
-        loop.add_handler(writer, calls, WRITE)
-        turn(loop)
-        assert calls[0][1] & ERROR
+    peer.send(b"x")
+    loop.add_handler(sock, calls, events)
+    loop.update_handler(sock, NONE)
+    fail_add(1, errno.ENOMEM)
+    with pytest.raises(OSError):
+        loop.update_handler(sock, events)
+    peer.close()
+    idle(loop, 0.01)
+    assert calls == []
+    with pytest.raises(FileExistsError):
+        loop.add_handler(sock, calls, events)
 
 
 # -- The queue ----------------------------------------------------------------
 
 
-def test_A28_close_on_exec_which_the_kernel_does_not_set(loop):
-    assert fcntl.fcntl(loop.fileno(), fcntl.F_GETFD) & fcntl.FD_CLOEXEC
-
-
-def test_fileno_polls_as_readable(loop):
-    with pair() as (a, b):
-        loop.add_handler(a, lambda fd, events: fd.recv(9), READ)
-        queue = loop.fileno()
-        turn(loop)
-        assert select.select([queue], [], [], 0)[0] == []
-        b.send(b"x")
-        assert select.select([queue], [], [], 0)[0] == [queue]
-        turn(loop)
-        assert select.select([queue], [], [], 0)[0] == []
-
-
-def test_B18_the_queue_is_not_inherited(loop):
+@pytest.mark.row("B18")
+def test_the_queue_is_not_inherited(loop, sock, peer, calls):
     """In the child its number may belong to somebody else by now."""
-    with pair() as (a, b):
-        calls = Recorder()
-        loop.add_handler(a, calls, READ)
-        queue = loop.fileno()
-        with child() as inside:
-            if inside:
-                with pytest.raises(OSError):
-                    os.fstat(queue)
-                theirs = os.dup2(b.fileno(), queue)
-                loop.close()
-                os.fstat(theirs)
-                os.write(theirs, b"from the child")
-        turn(loop)
-        assert calls == [(a, READ)]
-        assert a.recv(99) == b"from the child"
-
-
-def test_B18_reinit_leaves_the_old_number_alone(loop):
-    with pair() as (_, b):
-        queue = loop.fileno()
-        with child() as inside:
-            if inside:
-                theirs = os.dup2(b.fileno(), queue)
-                loop.reinit()
-                assert loop.fileno() != queue
-                os.fstat(theirs)
-                loop.close()
-                os.fstat(theirs)
+    loop.add_handler(sock, calls, READ)
+    queue = loop.fileno()
+    with child() as inside:
+        if inside:
+            with pytest.raises(OSError):
+                os.fstat(queue)
+            theirs = os.dup2(peer.fileno(), queue)
+            loop.close()
+            os.fstat(theirs)
+            os.write(theirs, b"from the child")
+    turn(loop)
+    assert calls == [(sock, READ)]
+    assert sock.recv(99) == b"from the child"

@@ -1,5 +1,6 @@
 """What the loop lets go of, and when."""
 
+import contextlib
 import contextvars
 import gc
 import os
@@ -9,8 +10,9 @@ import tracemalloc
 import weakref
 
 import pytest
-from helpers import READ, WRITE, pair, turn
-from support import Thread, fail, in_thread, is_asleep, readable, wait_until
+from fakes import READ, WRITE, Await, fail, start_until, turn
+from kernel import pair, readable
+from processes import Thread, in_thread, is_asleep, wait_until
 
 
 class Thing:
@@ -25,6 +27,16 @@ def watched():
     return thing, weakref.ref(thing)
 
 
+def put(place, add, *args):
+    """Add a callback that has a Thing; a reference to it, and what `add` returns."""
+    thing, reference = watched()
+    if place == "callable":
+        return reference, add(*args, thing)
+    if place == "argument":
+        return reference, add(*args, id, thing)
+    return reference, add(*args, dict, key=thing)
+
+
 @pytest.fixture
 def no_gc():
     """What goes, goes by its reference count."""
@@ -36,18 +48,12 @@ def no_gc():
 # -- References are dropped ----------------------------------------------------
 
 
+@pytest.mark.row("C13")
 @pytest.mark.parametrize("place", ["callable", "argument", "keyword"])
 @pytest.mark.parametrize("end", ["fire", "cancel", "remove"])
-def test_C13_timeouts(loop, no_gc, place, end):
+def test_a_timeout_that_fired_or_was_cancelled_holds_nothing(loop, no_gc, place, end):
     """At once, though the handle is still there."""
-    thing, reference = watched()
-    if place == "callable":
-        handle = loop.call_later(0, thing)
-    elif place == "argument":
-        handle = loop.call_later(0, id, thing)
-    else:
-        handle = loop.call_later(0, dict, key=thing)
-    del thing
+    reference, handle = put(place, loop.call_later, 0)
     assert reference() is not None
     if end == "fire":
         turn(loop)
@@ -61,23 +67,15 @@ def test_C13_timeouts(loop, no_gc, place, end):
 
 @pytest.mark.parametrize("place", ["callable", "argument", "keyword"])
 @pytest.mark.parametrize("method", ["add_callback", "spawn_callback"])
-def test_callbacks(loop, no_gc, place, method):
-    thing, reference = watched()
-    add = getattr(loop, method)
-    if place == "callable":
-        add(thing)
-    elif place == "argument":
-        add(id, thing)
-    else:
-        add(dict, key=thing)
-    del thing
+def test_a_callback_that_ran_is_dropped(loop, no_gc, place, method):
+    reference, _ = put(place, getattr(loop, method))
     assert reference() is not None
     turn(loop)
     assert reference() is None
 
 
 @pytest.mark.parametrize("end", ["remove", "close"])
-def test_handlers(loop, no_gc, end):
+def test_a_handler_that_was_removed_is_dropped(loop, no_gc, end):
     handler, reference = watched()
     with pair() as (a, _):
         file = weakref.ref(a)
@@ -93,7 +91,8 @@ def test_handlers(loop, no_gc, end):
     assert file() is None
 
 
-def test_D16_a_handler_that_removes_itself(loop):
+@pytest.mark.row("D16")
+def test_a_handler_that_removes_itself(loop):
     """It is kept while it runs, and not longer."""
 
     class Handler:
@@ -113,35 +112,33 @@ def test_D16_a_handler_that_removes_itself(loop):
     assert reference() is None
 
 
-def test_D15_while_the_loop_sleeps(loop):
-    """The last callback, timeout and event are not held by a sleeping loop."""
-    references = []
+@pytest.mark.row("D15")
+def test_nothing_is_held_while_the_loop_sleeps(loop):
+    """Not the last callback, timeout or handler, nor what they were given."""
+
+    class Handler:
+        def __call__(self, fd, events):
+            loop.remove_handler(fd)
+
+    class File(Thing):
+        def fileno(self):
+            return a.fileno()
+
     with readable() as (a, _):
-
-        def add():
-            for add in (loop.add_callback, loop.spawn_callback):
-                thing, reference = watched()
-                add(thing, thing)
-                references.append(reference)
-            thing, reference = watched()
-            loop.call_later(0, thing, thing)
-            references.append(reference)
-
-            def handler(sock, events, thing=thing):
-                loop.remove_handler(sock)
-
-            references.append(weakref.ref(handler))
-            loop.add_handler(a, handler, READ)
-
-        add()
-        thread = Thread(loop.start)
-        wait_until(lambda: loop.stats()["handlers"] == 0 and is_asleep(thread))
-        assert [reference() for reference in references] == [None] * 4
-        loop.stop()
-        thread.join()
+        things = [Thing() for _ in range(6)] + [Handler(), File()]
+        references = [weakref.ref(thing) for thing in things]
+        loop.add_callback(things[0], things[1])
+        loop.spawn_callback(things[2], things[3])
+        loop.call_later(0, things[4], things[5])
+        loop.add_handler(things[7], things[6], READ)
+        del things
+        with Thread(loop.start) as thread:
+            wait_until(lambda: loop.stats()["handlers"] == 0 and is_asleep(thread))
+            assert [reference() for reference in references] == [None] * 8
+            loop.stop()
 
 
-def test_results_are_dropped(loop, no_gc):
+def test_what_a_callback_returns_is_dropped(loop, no_gc):
     thing, reference = watched()
     things = [thing]
     del thing
@@ -182,8 +179,6 @@ def in_action(loop, thing):
 
 
 def in_context(loop, thing):
-    import contextvars
-
     var = contextvars.ContextVar("var")
 
     def add():
@@ -194,15 +189,14 @@ def in_context(loop, thing):
 
 
 def in_coroutine(loop, thing):
-    class Never:
+    class Never(Await):
         def add_done_callback(self, callback):
             thing.waiting = callback
 
-        def __await__(self):
-            yield self
-
     async def work():
-        await Never()
+        never = Never()
+        never.value = never
+        await never
 
     loop.add_callback(work)
     turn(loop, 3)
@@ -227,10 +221,11 @@ PLACES = [
 ]
 
 
+@pytest.mark.row("D18")
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("closed", [False, True])
 @pytest.mark.filterwarnings("ignore:unclosed IOLoop")
-def test_D18_cycles_through_the_loop_are_collected(
+def test_cycles_through_the_loop_are_collected(
     poller, counted_files, place, closed, monkeypatch
 ):
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
@@ -251,10 +246,11 @@ def test_D18_cycles_through_the_loop_are_collected(
     assert not counted_files()
 
 
-def test_D19_a_dropped_loop_leaks_nothing_and_warns(poller, counted_files):
-    """Score row 22."""
+@pytest.mark.row("D19")
+def test_a_dropped_loop_leaks_nothing_and_warns(poller, counted_files, warns_unclosed):
+    """Nobody has closed it: its descriptors are closed when it is collected."""
     for _ in range(5):
-        with pytest.warns(ResourceWarning, match="unclosed IOLoop"):
+        with warns_unclosed():
             loop = poller.module.IOLoop(impl=poller.impl())
             loop.call_later(60, fail)
             loop.add_callback(fail)
@@ -263,15 +259,15 @@ def test_D19_a_dropped_loop_leaks_nothing_and_warns(poller, counted_files):
     assert not counted_files()
 
 
+@pytest.mark.row("F1")
 @pytest.mark.parametrize("started", [False, True])
-def test_F1_loops_that_come_and_go(poller, counted_files, started):
-    """Score row 21."""
+def test_loops_that_come_and_go(poller, counted_files, started):
+    """Each of them takes its descriptors along."""
     for _ in range(50):
         with poller.module.IOLoop(impl=poller.impl()) as loop:
             loop.call_later(60, fail)
             if started:
-                loop.add_callback(loop.stop)
-                loop.start()
+                start_until(loop, None)
     assert not counted_files()
 
 
@@ -299,8 +295,9 @@ def resident():
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_C12_timeouts_added_and_cancelled_in_random_order(loop):
-    """100,000 of them leave no memory behind (score rows 19 and 20)."""
+@pytest.mark.row("C12")
+def test_timeouts_added_and_cancelled_in_random_order(loop):
+    """100,000 of them leave no memory behind."""
     rng = random.Random(0)
     references = sys.getrefcount(fail)
 
@@ -319,7 +316,8 @@ def test_C12_timeouts_added_and_cancelled_in_random_order(loop):
     assert loop.stats()["pending_timeouts"] == 0
 
 
-def test_C12_the_heap_shrinks(loop):
+@pytest.mark.row("C12")
+def test_the_heap_shrinks(loop):
     """What a burst took is given back: the tables follow what is there."""
 
     def burst():
@@ -345,7 +343,8 @@ def test_the_queue_shrinks(loop):
     assert contextvars.Context().run(growth, burst, 0, 1) < 20_000
 
 
-def test_C12_the_first_burst_is_given_back_too(loop):
+@pytest.mark.row("C12")
+def test_the_first_burst_is_given_back_too(loop):
     """Growth from one burst to the next would not show tables that stay large."""
     tracemalloc.start()
     try:
@@ -360,8 +359,9 @@ def test_C12_the_first_burst_is_given_back_too(loop):
         tracemalloc.stop()
 
 
+@pytest.mark.row("F3")
 @pytest.mark.parametrize("what", ["callbacks", "timeouts", "events", "handlers"])
-def test_F3_iterations_leave_nothing(loop, what):
+def test_iterations_leave_nothing(loop, what):
     with readable() as (a, _):
 
         def work():
@@ -383,7 +383,8 @@ def test_F3_iterations_leave_nothing(loop, what):
         assert growth(work) < 2000
 
 
-def test_F2_failures_leave_nothing(loop):
+@pytest.mark.row("F2")
+def test_failures_leave_nothing(loop):
     """Nor do the errors of calls that were refused."""
 
     def work():
@@ -398,22 +399,16 @@ def test_F2_failures_leave_nothing(loop):
                 ("update_handler", (500, READ)),
                 ("remove_timeout", (1,)),
             ):
-                try:
+                with contextlib.suppress(Exception):
                     getattr(loop, name)(*args)
-                except Exception:
-                    pass
 
     assert growth(work) < 2000
 
 
 def test_coroutines_leave_nothing(loop):
-    class Next:
-        def __await__(self):
-            yield
-
     async def work():
         for _ in range(5):
-            await Next()
+            await Await()
         return 1
 
     def run():

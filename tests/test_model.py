@@ -10,8 +10,7 @@ import errno
 import os
 
 import pytest
-from helpers import ERROR, NONE, READ, WRITE, FakeClock, ScriptedPoller, ScriptEnded
-from support import Exit
+from fakes import ERROR, NONE, READ, WRITE, Exit, FakeClock, ScriptedPoller, ScriptEnded
 
 import ioloop
 
@@ -130,7 +129,7 @@ class Real(Interpreter):
 
 
 class Model(Interpreter):
-    """What DESIGN.md says, in so many words."""
+    """A loop as simple as can be, which does what the documentation says."""
 
     def __init__(self):
         super().__init__()

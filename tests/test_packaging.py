@@ -8,18 +8,17 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import venv
 import zipfile
 
 import pytest
+from building import ROOT, run
 
 import ioloop
 
-ROOT = pathlib.Path(__file__).parent.parent
 STUBS = ROOT / "ioloop-stubs" / "__init__.pyi"
-SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+FILE = pathlib.Path(ioloop.__file__).name
 
 slow = pytest.mark.slow
 
@@ -83,20 +82,6 @@ with near, far, ioloop.IOLoop() as loop:
 """
 
 
-def run(*command, **options):
-    """Run to success, away from the source tree; what it printed."""
-    options.setdefault("env", {**os.environ, "PYTHONPATH": ""})
-    done = subprocess.run(
-        [*map(str, command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **options,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
 def pip(python, *arguments, **options):
     return run(sys.executable, "-m", "pip", "--python", python, *arguments, **options)
 
@@ -147,16 +132,25 @@ def wheel(dist):
 # -- What is installed
 
 
-def test_version_is_the_same_everywhere():
+def test_version():
+    assert ioloop.__version__ == importlib.metadata.version("ioloop")
+    assert f"\n## {ioloop.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_tools_are_named_alike():
+    """pyproject.toml can't refer to itself everywhere, nor pre-commit to it."""
     text = (ROOT / "pyproject.toml").read_text()
-    version = re.search(r'^version = "(.+)"$', text, re.M)[1]
-    assert ioloop.__version__ == version == importlib.metadata.version("ioloop")
-    assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text()
+    requires = re.search(r"^requires = (\[.+\])$", text, re.M)[1]
+    assert f"\nbuild = {requires}" in text
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    pins = re.findall(r"additional_dependencies: \[(.+)\]", hooks)
+    assert pins
+    assert [pin for pin in pins if f'"{pin}"' not in text] == []
 
 
 def test_installed_files():
     files = {str(path) for path in importlib.metadata.files("ioloop")}
-    assert {f"ioloop{SUFFIX}", "ioloop.pxd", "ioloop-stubs/__init__.pyi"} <= files
+    assert {FILE, "ioloop.pxd", "ioloop-stubs/__init__.pyi"} <= files
     assert not [name for name in files if name.endswith((".c", ".pyx", "setup.py"))]
 
 
@@ -272,7 +266,7 @@ def build_client(python, directory, path=""):
     output = run(
         *(sys.executable, "-m", "Cython.Build.Cythonize", "-i", *options, "client.pyx"),
         cwd=directory,
-        env={**os.environ, "PYTHONPATH": path},
+        env={"PYTHONPATH": path},
     )
     assert "warning: client.pyx" not in output
 
@@ -300,7 +294,7 @@ def test_wheel_files(wheel):
         names = set(archive.namelist())
         metadata = archive.read(f"{version}.dist-info/METADATA").decode()
     assert names == {
-        *(f"ioloop{SUFFIX}", "ioloop.pxd", "ioloop-stubs/__init__.pyi"),
+        *(FILE, "ioloop.pxd", "ioloop-stubs/__init__.pyi"),
         f"{version}.dist-info/licenses/LICENSE",
         *(f"{version}.dist-info/{name}" for name in ("METADATA", "RECORD", "WHEEL")),
         f"{version}.dist-info/top_level.txt",
@@ -343,7 +337,7 @@ def test_vendored_copies_side_by_side(environment, empty):
     for package in ("acme", "other"):
         vendor = empty / package / "_vendor"
         vendor.mkdir(parents=True)
-        shutil.copy(ioloop.__file__, vendor / f"ioloop{SUFFIX}")
+        shutil.copy(ioloop.__file__, vendor)
     program = f"""{ECHO}
 import acme._vendor.ioloop as a
 import other._vendor.ioloop as b
@@ -370,7 +364,7 @@ def test_a_vendored_copy_leaves_the_name_to_the_other(environment, empty, first)
     vendor = empty / "acme" / "_vendor"
     vendor.mkdir(parents=True)
     for directory in (empty, vendor):
-        shutil.copy(ioloop.__file__, directory / f"ioloop{SUFFIX}")
+        shutil.copy(ioloop.__file__, directory)
     program = f"""
 import importlib
 importlib.import_module({first!r})
@@ -395,7 +389,7 @@ def test_one_abi3_file_for_3_11_and_later(source, tmp_path, empty):
     run(
         *(sys.executable, "-m", "build", "--no-isolation", "--wheel"),
         *("-o", tmp_path, source),
-        env={**os.environ, "IOLOOP_ABI3": "1"},
+        env={"IOLOOP_ABI3": "1"},
     )
     (wheel,) = tmp_path.glob("*.whl")
     assert "-cp311-abi3-" in wheel.name
@@ -407,5 +401,5 @@ def test_one_abi3_file_for_3_11_and_later(source, tmp_path, empty):
         run(
             *(python, "-c", f"{ECHO}\nimport ioloop; echo(ioloop)"),
             cwd=empty,
-            env={**os.environ, "PYTHONPATH": str(site)},
+            env={"PYTHONPATH": str(site)},
         )

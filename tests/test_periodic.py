@@ -2,25 +2,52 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
+import contextvars
 import datetime
 import decimal
 import fractions
 import gc
 import math
 import random
+import types
 import weakref
+from unittest import mock
 
 import pytest
-from helpers import FakeClock, ScriptedPoller, turn
-from support import Await, Exit, fail, in_thread, sleeping
+from fakes import (
+    Await,
+    Exit,
+    FakeClock,
+    Float,
+    Index,
+    ScriptedPoller,
+    context_with,
+    fail,
+    turn,
+)
+from processes import in_thread, sleeping
 
 import ioloop
 from ioloop import PeriodicCallback
 
+BASE = [Exit, KeyboardInterrupt, SystemExit]
+
+
+class Clock(FakeClock):
+    """It raises each of its `errors` once."""
+
+    def __init__(self):
+        super().__init__(0.0)
+        self.errors = []
+
+    def __call__(self):
+        return fail(self.errors.pop()) if self.errors else super().__call__()
+
 
 @pytest.fixture
 def clock():
-    return FakeClock(0.0)
+    return Clock()
 
 
 @pytest.fixture
@@ -40,6 +67,21 @@ def times(clock):
     return Times()
 
 
+@pytest.fixture
+def start(fake):
+    """A function that starts one; it is stopped at the end, and leaves no tick."""
+    with contextlib.ExitStack() as started:
+
+        def start(callback, period=100, **options):
+            periodic = PeriodicCallback(callback, period, fake, **options)
+            periodic.start()
+            started.callback(periodic.stop)
+            return periodic
+
+        yield start
+    assert fake.stats()["pending_timeouts"] == 0
+
+
 def run_for(loop, seconds):
     handle = loop.call_later(seconds, loop.stop)
     try:
@@ -48,19 +90,38 @@ def run_for(loop, seconds):
         handle.cancel()
 
 
+def test_all_calls_are_in_the_context_of_start(fake, start):
+    variable, seen = contextvars.ContextVar("variable", default=0), []
+    context_with(variable, 1).run(start, lambda: seen.append(variable.get()))
+    run_for(fake, 0.25)
+    assert seen == [1, 1]
+
+
+# -- Periods -------------------------------------------------------------------
+
+
+def milliseconds(number):
+    return datetime.timedelta(milliseconds=number)
+
+
 @pytest.mark.parametrize(
-    "period", [100, 100.0, datetime.timedelta(milliseconds=100)], ids=repr
+    "kind",
+    [int, float, milliseconds, decimal.Decimal, fractions.Fraction, Float, Index],
 )
-def test_first_call_is_one_period_after_start(fake, times, period):
-    periodic = PeriodicCallback(times, period, fake)
-    assert (periodic.callback, periodic.callback_time) == (times, 100)
-    assert (periodic.io_loop, periodic.jitter) == (fake, 0)
+def test_the_first_call_is_one_period_after_start(fake, times, kind):
+    """A period that is set counts from the next tick on."""
+    periodic = PeriodicCallback(times, kind(100), fake)
+    assert (periodic.callback, periodic.io_loop, periodic.jitter) == (times, fake, 0)
+    assert (type(periodic.callback_time), periodic.callback_time) == (float, 100)
     run_for(fake, 1)
     assert times == []
     periodic.start()
-    run_for(fake, 0.35)
-    assert times == [1.1, 1.2, 1.3]
+    run_for(fake, 0.25)
+    periodic.callback_time = kind(200)
+    assert periodic.callback_time == 200
+    run_for(fake, 0.5)
     periodic.stop()
+    assert times == [1.1, 1.2, 1.3, 1.5, 1.7]
 
 
 def test_is_running(fake):
@@ -74,64 +135,30 @@ def test_is_running(fake):
     assert fake.stats()["pending_timeouts"] == 0
 
 
+NOT_POSITIVE = [0, -1, -0.0, math.nan, -math.inf, datetime.timedelta(0)]
+NOT_POSITIVE += [
+    kind(value)
+    for kind in (decimal.Decimal, Float)
+    for value in ("0", "-1", "nan", "-inf")
+]
+NO_NUMBERS = [None, "1", b"1", 1j, [], object(), mock.Mock(), datetime.timedelta]
+NO_NUMBERS += [types.SimpleNamespace(total_seconds=lambda: 5)]
+
+
+@pytest.mark.row("C19")
 @pytest.mark.parametrize(
-    "period", [0, -1, -0.0, math.nan, datetime.timedelta(0), -math.inf], ids=repr
+    ("period", "error"),
+    [(period, ValueError) for period in NOT_POSITIVE]
+    + [(period, TypeError) for period in NO_NUMBERS],
+    ids=lambda value: type(value).__name__,
 )
-def test_C19_a_period_must_be_positive(fake, period):
-    with pytest.raises(ValueError):
-        PeriodicCallback(int, period, fake)
-
-
-@pytest.mark.parametrize("period", [None, "1", b"1", 1j, [], object()], ids=repr)
-def test_C19_a_period_is_a_number(fake, period):
-    with pytest.raises(TypeError):
+def test_a_period_is_a_positive_number(fake, period, error):
+    with pytest.raises(error):
         PeriodicCallback(int, period, fake)
     periodic = PeriodicCallback(int, 100, fake)
-    with pytest.raises(TypeError):
+    with pytest.raises(error):
         periodic.callback_time = period
     assert periodic.callback_time == 100
-
-
-class Float:
-    """Nothing but a number of milliseconds can be had of it."""
-
-    def __init__(self, value):
-        self.value = value
-
-    def __float__(self):
-        return float(self.value)
-
-    def __gt__(self, other):
-        raise AssertionError("compared")
-
-    __lt__ = __ge__ = __le__ = __eq__ = __bool__ = __truediv__ = __gt__
-
-
-class Index:
-    def __init__(self, value):
-        self.value = value
-
-    def __index__(self):
-        return int(self.value)
-
-
-@pytest.mark.parametrize("kind", [decimal.Decimal, fractions.Fraction, Float, Index])
-def test_periods_are_of_any_kind_of_number(fake, times, kind):
-    periodic = PeriodicCallback(times, kind(100), fake)
-    assert (type(periodic.callback_time), periodic.callback_time) == (float, 100)
-    periodic.start()
-    run_for(fake, 0.15)
-    periodic.callback_time = kind(200)
-    run_for(fake, 0.3)
-    periodic.stop()
-    assert times == [0.1, 0.2, 0.4]
-
-
-@pytest.mark.parametrize("value", ["0", "-1", "nan", "-inf"])
-@pytest.mark.parametrize("kind", [decimal.Decimal, Float])
-def test_periods_of_any_kind_must_be_positive(fake, kind, value):
-    with pytest.raises(ValueError):
-        PeriodicCallback(int, kind(value), fake)
 
 
 @pytest.mark.parametrize("callback", [None, 1, "f"])
@@ -140,96 +167,69 @@ def test_the_callback_must_be_callable(fake, callback):
         PeriodicCallback(callback, 100, fake)
 
 
-def test_the_callback_may_be_set(fake, times):
-    periodic = PeriodicCallback(fail, 100, fake)
+def test_the_callback_may_be_set(fake, times, start):
+    periodic = start(fail)
     periodic.callback = times
     assert periodic.callback is times
-    periodic.start()
     run_for(fake, 0.15)
     periodic.callback = lambda: times.append("other")
     run_for(fake, 0.1)
-    periodic.stop()
     assert times == [0.1, "other"]
 
 
-@pytest.mark.parametrize(
-    "period", [200, 200.0, datetime.timedelta(milliseconds=200)], ids=repr
-)
-def test_the_period_may_be_set(fake, times, period):
-    """It counts from the next tick on."""
-    periodic = PeriodicCallback(times, 100, fake)
-    periodic.start()
-    run_for(fake, 0.25)
-    periodic.callback_time = period
-    assert periodic.callback_time == 200
-    run_for(fake, 0.5)
-    periodic.stop()
-    assert times == [0.1, 0.2, 0.3, 0.5, 0.7]
-
-
-@pytest.mark.parametrize("period", [0, -1, math.nan, datetime.timedelta(0)], ids=repr)
-def test_C19_a_period_that_is_set_must_be_positive(fake, period):
-    periodic = PeriodicCallback(int, 100, fake)
-    with pytest.raises(ValueError):
-        periodic.callback_time = period
-    assert periodic.callback_time == 100
-
-
-def test_an_infinite_period_never_comes(fake, times):
-    periodic = PeriodicCallback(times, math.inf, fake)
-    periodic.start()
+def test_an_infinite_period_never_comes(fake, times, start):
+    start(times, math.inf)
     run_for(fake, 1e6)
-    periodic.stop()
     assert times == []
 
 
-def test_C19_a_second_start_is_a_no_op(fake, times):
-    periodic = PeriodicCallback(times, 100, fake)
+# -- Ticks ---------------------------------------------------------------------
+
+
+@pytest.mark.row("C19")
+def test_a_second_start_is_a_no_op(fake, times, start):
+    periodic = start(times)
+    assert fake.stats()["pending_timeouts"] == 1
     periodic.start()
-    clock_before = fake.stats()["pending_timeouts"]
-    periodic.start()
-    assert fake.stats()["pending_timeouts"] == clock_before == 1
+    assert fake.stats()["pending_timeouts"] == 1
     run_for(fake, 0.25)
     periodic.start()
     run_for(fake, 0.1)
-    periodic.stop()
     assert times == [0.1, 0.2, 0.3]
 
 
-def test_C19_no_drift(fake, clock, times):
+@pytest.mark.row("C19")
+def test_no_drift(fake, clock, times, start):
     """Calls are late by what the callback and the loop take; the grid stays."""
 
     def late():
         times()
         clock.advance(0.03)
 
-    periodic = PeriodicCallback(late, 100, fake)
-    periodic.start()
+    start(late)
     run_for(fake, 10)
-    periodic.stop()
     assert times == pytest.approx([0.1 * n for n in range(1, 101)][: len(times)])
     assert len(times) >= 99
 
 
-def test_C19_missed_periods_are_skipped(fake, clock, times):
+@pytest.mark.row("C19")
+def test_missed_periods_are_skipped(fake, clock, times, start):
     durations = iter([0.25, 0, 1.0, 0, 0])
 
     def slow():
         times()
         clock.advance(next(durations, 0))
 
-    periodic = PeriodicCallback(slow, 100, fake)
-    periodic.start()
+    start(slow)
     run_for(fake, 2)
-    periodic.stop()
     assert times[:5] == [0.1, 0.4, 0.5, 1.6, 1.7]
 
 
+@pytest.mark.row("C16")
 @pytest.mark.parametrize("jump", [86400 * 366, 1e9, 9e9])
-def test_C16_a_clock_that_jumps_forward(fake, clock, times, jump):
+def test_a_clock_that_jumps_forward(fake, clock, times, start, jump):
     """One call, then the grid again: in constant time."""
-    periodic = PeriodicCallback(times, 1, fake)
-    periodic.start()
+    start(times, 1)
     run_for(fake, 0.0025)
     assert len(times) == 2
     clock.advance(jump)
@@ -238,95 +238,116 @@ def test_C16_a_clock_that_jumps_forward(fake, clock, times, jump):
     turn(fake)
     assert len(times) == 3
     assert 0 < fake.next_timeout() <= 0.0011
-    periodic.stop()
 
 
-def test_C16_a_clock_that_jumps_back(fake, clock, times):
+@pytest.mark.row("C16")
+def test_a_clock_that_jumps_back(fake, clock, times, start):
     """It never fires twice for one tick, and goes on when time does."""
-    periodic = PeriodicCallback(times, 100, fake)
-    periodic.start()
+    start(times)
     run_for(fake, 0.15)
     clock.advance(-0.12)
     run_for(fake, 0.16)
     assert times == [0.1]
     run_for(fake, 0.1)
     assert times == [0.1, 0.2]
-    periodic.stop()
 
 
-def test_C19_stop_in_the_callback(fake, times):
+@pytest.mark.row("C19")
+def test_stop_in_the_callback(fake, times, start):
     def once():
         times()
         periodic.stop()
 
-    periodic = PeriodicCallback(once, 100, fake)
-    periodic.start()
+    periodic = start(once)
     run_for(fake, 1)
     assert times == [0.1]
     assert not periodic.is_running()
     assert fake.stats()["pending_timeouts"] == 0
 
 
-def test_C19_stop_and_start_in_the_callback(fake, times):
-    """One schedule, a full period from then."""
+@pytest.mark.row("C19")
+@pytest.mark.parametrize("make", [type(None), concurrent.futures.Future])
+def test_stop_and_start_in_the_callback(fake, times, start, make):
+    """One schedule, a full period from then; the call belongs to the start before."""
 
     def again():
         times()
         periodic.stop()
         periodic.start()
+        return make()
 
-    periodic = PeriodicCallback(again, 100, fake)
-    periodic.start()
+    periodic = start(again)
     run_for(fake, 0.55)
     assert times == [0.1, 0.2, 0.3, 0.4, 0.5]
     assert fake.stats()["pending_timeouts"] == 1
-    periodic.stop()
 
 
-def test_C19_restart_between_two_ticks(fake, times):
-    periodic = PeriodicCallback(times, 100, fake)
-    periodic.start()
+@pytest.mark.row("C19")
+def test_restart_between_two_ticks(fake, times, start):
+    periodic = start(times)
     run_for(fake, 0.15)
     periodic.stop()
     periodic.start()
     run_for(fake, 0.25)
-    periodic.stop()
     assert times == [0.1, 0.25, 0.35]
 
 
-def test_C19_an_exception_does_not_stop_it(fake, times, expect_log):
-    def broken():
+@pytest.fixture(params=["callback", "coroutine", "future"])
+def failing(request, times):
+    """A callback that fails at once, as a coroutine, or by the future it returns."""
+
+    def callback():
         times()
         raise ZeroDivisionError
 
-    periodic = PeriodicCallback(broken, 100, fake)
-    periodic.start()
+    async def coroutine():
+        callback()
+
+    def future():
+        times()
+        return ended(ZeroDivisionError())
+
+    return {"callback": callback, "coroutine": coroutine, "future": future}[
+        request.param
+    ]
+
+
+def ended(error=None):
+    future = concurrent.futures.Future()
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
+    return future
+
+
+@pytest.mark.row("C19")
+def test_an_exception_does_not_stop_it(fake, times, start, failing, expect_log):
+    start(failing)
     run_for(fake, 0.35)
-    periodic.stop()
     assert times == [0.1, 0.2, 0.3]
     for _ in range(3):
-        expect_log.take("Exception in callback .*broken", ZeroDivisionError)
-
-
-def test_a_base_exception_leaves_start_and_it_goes_on_in_the_next(fake, times):
-    def leave():
-        times()
-        if len(times) == 2:
-            raise Exit
-
-    periodic = PeriodicCallback(leave, 100, fake)
-    periodic.start()
-    with pytest.raises(Exit):
-        run_for(fake, 1)
-    run_for(fake, 0.25)
-    periodic.stop()
-    assert times[:4] == [0.1, 0.2, 0.3, 0.4]
+        pattern = f"Exception in callback .*{failing.__name__}"
+        expect_log.take(pattern, ZeroDivisionError)
 
 
 # -- Coroutines and futures ----------------------------------------------------
 
 
-def test_a_coroutine_is_awaited(fake, times):
+@pytest.fixture
+def pending(times):
+    """A list of futures, and a callback that notes the time and returns a new one."""
+
+    class Pending(list):
+        def __call__(self):
+            times()
+            self.append(concurrent.futures.Future())
+            return self[-1]
+
+    return Pending()
+
+
+def test_a_coroutine_is_awaited(fake, times, start):
     """The next call comes after its end, on the grid."""
     gate = concurrent.futures.Future()
 
@@ -335,200 +356,109 @@ def test_a_coroutine_is_awaited(fake, times):
         if len(times) == 1:
             await Await(gate)
 
-    periodic = PeriodicCallback(work, 100, fake)
-    periodic.start()
+    start(work)
     run_for(fake, 0.55)
     assert times == [0.1]
     gate.set_result(None)
     run_for(fake, 0.2)
-    periodic.stop()
     assert times == [0.1, 0.6, 0.7]
 
 
-def test_a_future_is_awaited(fake, times):
-    futures = []
-
-    def work():
-        times()
-        futures.append(concurrent.futures.Future())
-        return futures[-1]
-
-    periodic = PeriodicCallback(work, 100, fake)
-    periodic.start()
+def test_a_future_is_awaited(fake, times, start, pending):
+    periodic = start(pending)
     run_for(fake, 0.35)
     assert times == [0.1]
-    futures[0].set_result(1)
+    pending[0].set_result(1)
     run_for(fake, 0.1)
     assert times == [0.1, 0.4]
     periodic.stop()
-    futures[1].set_result(1)
+    pending[1].set_result(1)
     run_for(fake, 1)
     assert times == [0.1, 0.4]
 
 
-def test_stopped_and_started_while_a_future_is_pending(fake, times):
+def test_stopped_and_started_while_a_future_is_pending(fake, times, start, pending):
     """No second schedule when the old one ends."""
-    futures = []
-
-    def work():
-        times()
-        futures.append(concurrent.futures.Future())
-        return futures[-1]
-
-    periodic = PeriodicCallback(work, 100, fake)
-    periodic.start()
+    periodic = start(pending)
     run_for(fake, 0.15)
     periodic.stop()
     periodic.start()
-    futures[0].set_result(None)
+    pending[0].set_result(None)
     turn(fake)
     assert fake.stats()["pending_timeouts"] == 1
     run_for(fake, 0.15)
     assert times == [0.1, 0.25]
-    futures[1].set_result(None)
+    pending[1].set_result(None)
     periodic.stop()
     turn(fake)
     assert fake.stats()["pending_timeouts"] == 0
 
 
 @pytest.mark.parametrize("how", ["coroutine", "future"])
-def test_restarted_it_calls_again_though_an_old_call_never_ends(fake, times, how):
-    def future():
-        times()
-        return concurrent.futures.Future()
-
+def test_restarted_it_calls_again_though_an_old_call_never_ends(
+    fake, times, start, pending, how
+):
     async def coroutine():
-        await Await(future())
+        await Await(pending())
 
-    work = {"coroutine": coroutine, "future": future}[how]
-    periodic = PeriodicCallback(work, 100, fake)
-    periodic.start()
+    periodic = start(coroutine if how == "coroutine" else pending)
     run_for(fake, 0.25)
     for _ in range(2):
         periodic.stop()
         periodic.start()
         run_for(fake, 0.25)
     assert times == [0.1, 0.35, 0.6]
-    periodic.stop()
 
 
-def test_restarted_in_a_callback_whose_future_never_ends_it_calls_again(fake, times):
-    """The call belongs to the start before."""
-
-    def work():
+def test_restarted_by_a_callback_it_waits_for_nothing_from_before(fake, times, start):
+    def restart():
         times()
-        periodic.stop()
-        periodic.start()
-        return concurrent.futures.Future()
+        if len(times) == 1:
+            periodic.stop()
+            periodic.start()
+            return concurrent.futures.Future()
 
-    periodic = PeriodicCallback(work, 100, fake)
-    periodic.start()
-    run_for(fake, 0.35)
-    periodic.stop()
-    assert times == [0.1, 0.2, 0.3]
-    assert fake.stats()["pending_timeouts"] == 0
+    periodic = start(restart)
+    run_for(fake, 0.45)
+    assert times == [0.1, 0.2, 0.3, 0.4]
 
 
 @pytest.mark.parametrize("end", ["result", "exception", "cancel"])
 def test_an_old_call_that_ends_after_a_restart_sets_no_tick(
-    fake, times, expect_log, end
+    fake, times, start, pending, expect_log, end
 ):
     """What it raised is told all the same."""
-    futures = []
-
-    def work():
-        times()
-        futures.append(concurrent.futures.Future())
-        return futures[-1]
-
-    periodic = PeriodicCallback(work, 100, fake)
-    periodic.start()
+    periodic = start(pending)
     run_for(fake, 0.15)
     periodic.stop()
     periodic.start()
     run_for(fake, 0.15)
     if end == "result":
-        futures[0].set_result(None)
+        pending[0].set_result(None)
     elif end == "exception":
-        futures[0].set_exception(ZeroDivisionError())
+        pending[0].set_exception(ZeroDivisionError())
     else:
-        futures[0].cancel()
+        pending[0].cancel()
     run_for(fake, 0.3)
     assert times == [0.1, 0.25], "the second call has not ended"
-    futures[1].set_result(None)
+    pending[1].set_result(None)
     run_for(fake, 0.1)
-    periodic.stop()
     assert times == [0.1, 0.25, 0.65]
     if end == "exception":
-        expect_log.take("Exception in callback .*work", ZeroDivisionError)
+        expect_log.take(r"Exception in callback \[<Future", ZeroDivisionError)
 
 
-@pytest.mark.parametrize("steps", [0, 1])
-def test_D7_a_coroutine_that_leaves_start_is_called_again(fake, times, steps):
-    async def work():
-        times()
-        for _ in range(steps):
-            await Await()
-        if len(times) == 1:
-            raise Exit
-
-    periodic = PeriodicCallback(work, 100, fake)
-    periodic.start()
-    with pytest.raises(Exit):
-        run_for(fake, 1)
-    run_for(fake, 0.35)
-    periodic.stop()
-    assert times == [0.1, 0.2, 0.3, 0.4]
-
-
-@pytest.mark.parametrize("how", ["coroutine", "future"])
-def test_what_fails_later_goes_to_the_hook(fake, times, expect_log, how):
-    async def coroutine():
-        times()
-        raise ZeroDivisionError
-
-    def future():
-        times()
-        done = concurrent.futures.Future()
-        done.set_exception(ZeroDivisionError())
-        return done
-
-    work = {"coroutine": coroutine, "future": future}[how]
-    periodic = PeriodicCallback(work, 100, fake)
-    periodic.start()
+def test_a_cancelled_future_is_no_error_and_the_end(fake, times, start, pending):
+    start(lambda: pending().cancel() and pending[-1])
     run_for(fake, 0.25)
-    periodic.stop()
-    assert times == [0.1, 0.2]
-    for _ in range(2):
-        expect_log.take("Exception in callback .*" + how, ZeroDivisionError)
-
-
-def test_a_cancelled_future_is_no_error_and_the_end(fake, times):
-    def work():
-        times()
-        future = concurrent.futures.Future()
-        future.cancel()
-        return future
-
-    periodic = PeriodicCallback(work, 100, fake)
-    periodic.start()
-    run_for(fake, 0.25)
-    periodic.stop()
     assert times == [0.1, 0.2]
 
 
-def test_an_asyncio_future_is_taken_too(fake, times):
+def test_an_asyncio_future_is_taken_too(fake, times, start):
     asyncio_loop = asyncio.new_event_loop()
     try:
-
-        def work():
-            times()
-            return asyncio_loop.create_future()
-
-        periodic = PeriodicCallback(work, 100, fake)
-        periodic.start()
+        start(lambda: times() or asyncio_loop.create_future())
         run_for(fake, 0.25)
-        periodic.stop()
         assert times == [0.1]
     finally:
         asyncio_loop.close()
@@ -536,7 +466,27 @@ def test_an_asyncio_future_is_taken_too(fake, times):
 
 # -- What is no Exception ------------------------------------------------------
 
-BASE = [Exit, KeyboardInterrupt, SystemExit]
+
+@pytest.mark.row("D7")
+@pytest.mark.parametrize("steps", [None, 0, 1], ids=["callback", "0", "1"])
+def test_after_a_call_that_leaves_start_it_is_called_again(fake, times, start, steps):
+    def callback():
+        times()
+        if len(times) == 2:
+            raise Exit
+
+    async def coroutine():
+        times()
+        for _ in range(steps):
+            await Await()
+        if len(times) == 2:
+            raise Exit
+
+    start(callback if steps is None else coroutine)
+    with pytest.raises(Exit):
+        run_for(fake, 1)
+    run_for(fake, 0.25)
+    assert times[:4] == [0.1, 0.2, 0.3, 0.4]
 
 
 class Future:
@@ -573,7 +523,7 @@ STEPS = ["before it is attached", "after it was attached", "cancelled", "result"
 
 @pytest.mark.parametrize("error", BASE)
 @pytest.mark.parametrize("step", STEPS)
-def test_interrupted_by_a_future_it_goes_on(fake, times, step, error):
+def test_interrupted_by_a_future_it_goes_on(fake, times, start, step, error):
     """The exception leaves start(), and there is one next tick."""
 
     def work():
@@ -583,147 +533,80 @@ def test_interrupted_by_a_future_it_goes_on(fake, times, step, error):
             fake.call_later(0.01, future.finish)
             return future
 
-    periodic = PeriodicCallback(work, 100, fake)
-    periodic.start()
+    periodic = start(work)
     with pytest.raises(error):
         run_for(fake, 1)
     run_for(fake, 0.35)
     assert times == [0.1, 0.2, 0.3, 0.4]
     assert periodic.is_running()
-    periodic.stop()
-    assert fake.stats()["pending_timeouts"] == 0
 
 
 @pytest.mark.parametrize("error", BASE)
-def test_a_future_that_ended_by_what_is_no_exception(fake, times, error):
-    def work():
-        times()
-        future = concurrent.futures.Future()
-        future.set_exception(error())
-        return future
-
-    periodic = PeriodicCallback(work, 100, fake)
-    periodic.start()
+def test_a_future_that_ended_by_what_is_no_exception(fake, times, start, error):
+    start(lambda: times() or ended(error()))
     for _ in range(3):
         with pytest.raises(error):
             run_for(fake, 1)
-    periodic.stop()
     assert times == [0.1, 0.2, 0.3]
 
 
 @pytest.mark.parametrize("error", BASE)
-@pytest.mark.parametrize("how", ["callback", "coroutine", "future"])
-def test_interrupted_by_the_hook_it_goes_on(fake, times, how, error):
-    def callback():
-        times()
-        raise ZeroDivisionError
-
-    async def coroutine():
-        callback()
-
-    def future():
-        times()
-        done = concurrent.futures.Future()
-        done.set_exception(ZeroDivisionError())
-        return done
-
-    work = {"callback": callback, "coroutine": coroutine, "future": future}[how]
+def test_interrupted_by_the_hook_it_goes_on(fake, times, start, failing, error):
     fake.handle_callback_exception = lambda callback: fail(error)
-    periodic = PeriodicCallback(work, 100, fake)
-    periodic.start()
+    start(failing)
     for _ in range(3):
         with pytest.raises(error):
             run_for(fake, 1)
     del fake.handle_callback_exception
-    periodic.stop()
     assert times == [0.1, 0.2, 0.3]
 
 
-@pytest.fixture
-def broken():
-    """Put an exception in: the clock of `breakable` raises it, once."""
-    return []
-
-
-@pytest.fixture
-def breakable(clock, broken):
-    def time_func():
-        return fail(broken.pop()) if broken else clock()
-
-    impl = ScriptedPoller(clock=clock)
-    with ioloop.IOLoop(impl=impl, time_func=time_func) as loop:
-        yield loop
-
-
-def breaking(times, broken, error, result):
-    """A callback that breaks the clock in its first call."""
+@pytest.mark.parametrize("result", [None, ended()], ids=["", "future"])
+@pytest.mark.parametrize("error", [*BASE, OSError])
+def test_a_clock_that_fails_after_a_call_stops_nothing(
+    fake, clock, times, start, expect_log, error, result
+):
+    """The next tick is a period after the last."""
 
     def work():
         times()
         if len(times) == 1:
-            broken.append(error)
+            clock.errors.append(error)
         return result
 
-    return work
-
-
-def ended():
-    future = concurrent.futures.Future()
-    future.set_result(None)
-    return future
-
-
-@pytest.mark.parametrize("result", [None, ended()], ids=["", "future"])
-@pytest.mark.parametrize("error", BASE)
-def test_a_clock_that_is_interrupted_after_a_call_stops_nothing(
-    breakable, broken, times, error, result
-):
-    """The next tick is a period after the last."""
-    work = breaking(times, broken, error, result)
-    periodic = PeriodicCallback(work, 100, breakable)
-    periodic.start()
-    with pytest.raises(error):
-        run_for(breakable, 1)
-    run_for(breakable, 0.25)
-    periodic.stop()
+    start(work)
+    if error is OSError:
+        run_for(fake, 0.15)
+        expect_log.take("Exception in callback", OSError)
+    else:
+        with pytest.raises(error):
+            run_for(fake, 1)
+    run_for(fake, 0.35 - clock.now)
     assert times == [0.1, 0.2, 0.3]
 
 
-@pytest.mark.parametrize("result", [None, ended()], ids=["", "future"])
-def test_a_clock_that_fails_after_a_call_stops_nothing(
-    breakable, broken, times, result, expect_log
-):
-    work = breaking(times, broken, OSError, result)
-    periodic = PeriodicCallback(work, 100, breakable)
-    periodic.start()
-    run_for(breakable, 0.35)
-    periodic.stop()
-    assert times == [0.1, 0.2, 0.3]
-    expect_log.take("Exception in callback", OSError)
-
-
-def test_stopped_in_its_callback_it_asks_no_clock(breakable, broken, times):
+def test_stopped_in_its_callback_it_asks_no_clock(fake, clock, times, start):
     """There is no next tick whose time would have to be told."""
 
     def once():
         times()
         periodic.stop()
-        broken.append(OSError)
+        clock.errors.append(OSError)
 
-    periodic = PeriodicCallback(once, 100, breakable)
-    periodic.start()
+    periodic = start(once)
     with pytest.raises(OSError):
-        run_for(breakable, 1)  # the loop does, in its next iteration
+        run_for(fake, 1)  # the loop does, in its next iteration
     assert times == [0.1]
 
 
 @pytest.mark.parametrize("error", [*BASE, OSError])
-def test_running_is_what_has_a_next_tick(fake, clock, monkeypatch, expect_log, error):
+def test_running_is_what_has_a_next_tick(
+    fake, clock, start, monkeypatch, expect_log, error
+):
     """Also if the length of the next period can't be told."""
     broken = []
     monkeypatch.setattr(random, "random", lambda: broken and fail(error) or 0.5)
-    periodic = PeriodicCallback(lambda: broken.append(1), 100, fake, jitter=0.5)
-    periodic.start()
+    periodic = start(lambda: broken.append(1), jitter=0.5)
     clock.advance(0.1)
     try:
         turn(fake)
@@ -736,19 +619,15 @@ def test_running_is_what_has_a_next_tick(fake, clock, monkeypatch, expect_log, e
     periodic.stop()
     periodic.start()
     assert fake.stats()["pending_timeouts"] == 1
-    periodic.stop()
 
 
 # -- Jitter --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("jitter", [0.1, 0.5, 1])
-def test_jitter(fake, times, jitter):
-    periodic = PeriodicCallback(times, 100, fake, jitter=jitter)
-    assert periodic.jitter == jitter
-    periodic.start()
+def test_jitter(fake, times, start, jitter):
+    assert start(times, jitter=jitter).jitter == jitter
     run_for(fake, 20)
-    periodic.stop()
     gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
     assert all(0 < gap <= 0.1 * (1 + jitter / 2) + 1e-5 for gap in gaps)
     assert len(set(gaps)) > len(gaps) // 2
@@ -756,12 +635,12 @@ def test_jitter(fake, times, jitter):
 
 
 @pytest.mark.parametrize(("chance", "gap"), [(0, 0.075), (0.5, 0.1), (1, 0.125)])
-def test_jitter_is_half_of_the_fraction_each_way(fake, times, monkeypatch, chance, gap):
+def test_jitter_is_half_of_the_fraction_each_way(
+    fake, times, start, monkeypatch, chance, gap
+):
     monkeypatch.setattr(random, "random", lambda: chance)
-    periodic = PeriodicCallback(times, 100, fake, jitter=0.5)
-    periodic.start()
+    start(times, jitter=0.5)
     run_for(fake, 0.35)
-    periodic.stop()
     assert times[:2] == pytest.approx([gap, 2 * gap])
 
 
@@ -795,12 +674,10 @@ def test_without_a_current_loop_it_is_the_instance():
         ioloop.IOLoop.instance().close()
 
 
-def test_two_at_once(fake, times):
-    one = PeriodicCallback(lambda: times.append("one"), 100, fake)
-    two = PeriodicCallback(lambda: times.append("two"), 250, fake)
-    one.start(), two.start()
+def test_two_at_once(fake, times, start):
+    start(lambda: times.append("one"))
+    start(lambda: times.append("two"), 250)
     run_for(fake, 0.55)
-    one.stop(), two.stop()
     assert times == ["one", "one", "two", "one", "one", "two", "one"]
 
 
@@ -817,7 +694,8 @@ def test_subclass(fake, times):
     assert periodic.more and times == [0.1]
 
 
-def test_C20_stopped_it_is_let_go(fake):
+@pytest.mark.row("C20")
+def test_stopped_it_is_let_go(fake):
     class Owner:
         def __init__(self):
             self.periodic = PeriodicCallback(self.tick, 100, fake)
@@ -835,36 +713,28 @@ def test_C20_stopped_it_is_let_go(fake):
     assert reference() is periodic() is None
 
 
-def test_closed_loop(times):
-    loop = ioloop.IOLoop()
-    periodic = PeriodicCallback(times, 100, loop)
-    running = PeriodicCallback(times, 100, loop)
-    running.start()
-    loop.close()
-    running.stop()
-    with pytest.raises(RuntimeError):
-        periodic.start()
-    assert not periodic.is_running()
+def test_closed_loop(fake, times, pending, caplog):
+    """None can be started, any can be stopped, and the end of a call is ignored."""
+    never, waiting, calling = (
+        PeriodicCallback(callback, 100, fake) for callback in (times, times, pending)
+    )
+    waiting.start(), calling.start()
+    run_for(fake, 0.12)
+    fake.close()
+    pending[0].set_result(None)
+    assert caplog.messages == [], "concurrent.futures logs what is refused"
+    assert in_thread(calling.stop) is waiting.stop() is None
+    for periodic in (never, waiting, calling):
+        with pytest.raises(RuntimeError, match="closed"):
+            periodic.start()
+        assert not periodic.is_running()
+    ended = weakref.ref(pending.pop())
+    gc.collect()
+    assert ended() is None, "the loop has queued it"
 
 
-def test_loop_closed_between_ticks_does_not_fire(times, clock, caplog):
-    """Nor does the end of a call set a tick, and it is not refused either."""
-    gate = concurrent.futures.Future()
-    loop = ioloop.IOLoop(impl=ScriptedPoller(clock=clock), time_func=clock)
-    periodic = PeriodicCallback(lambda: times() or gate, 100, loop)
-    waiting = PeriodicCallback(times, 150, loop)
-    periodic.start(), waiting.start()
-    run_for(loop, 0.12)
-    loop.close()
-    gate.set_result(None)
-    clock.advance(1)
-    in_thread(periodic.stop), waiting.stop()
-    assert times == [0.1]
-    assert not (periodic.is_running() or waiting.is_running())
-    assert caplog.messages == []
-
-
-def test_B16_wrong_thread(loop, poller):
+@pytest.mark.row("B16")
+def test_wrong_thread(loop, poller):
     periodic = poller.module.PeriodicCallback(int, 1e6, loop)
     started = poller.module.PeriodicCallback(int, 1e6, loop)
     started.start()
@@ -876,7 +746,8 @@ def test_B16_wrong_thread(loop, poller):
     started.stop()
 
 
-def test_B16_wrong_thread_while_it_is_called(loop, poller):
+@pytest.mark.row("B16")
+def test_wrong_thread_while_it_is_called(loop, poller):
     """There is no next tick then, but it is not stopped either."""
     refused = []
 
@@ -893,7 +764,8 @@ def test_B16_wrong_thread_while_it_is_called(loop, poller):
     assert refused == [True]
 
 
-def test_on_every_poller(loop, poller):
+@pytest.mark.parametrize("call", [lambda run: run(), in_thread], ids=["", "thread"])
+def test_on_every_poller(loop, poller, call):
     calls = []
 
     def tick():
@@ -902,17 +774,10 @@ def test_on_every_poller(loop, poller):
             periodic.stop()
             loop.stop()
 
-    periodic = poller.module.PeriodicCallback(tick, 1, loop)
-    periodic.start()
-    loop.start()
-    assert len(calls) == 5
-
-
-def test_in_another_thread(loop, poller):
     def run():
-        periodic = poller.module.PeriodicCallback(loop.stop, 1, loop)
         periodic.start()
         loop.start()
-        periodic.stop()
 
-    in_thread(run)
+    periodic = poller.module.PeriodicCallback(tick, 1, loop)
+    call(run)
+    assert len(calls) == 5

@@ -12,12 +12,12 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from support import Exit, Thread, fail
+from fakes import Exit, fail
+from processes import Thread, end_of, program
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 START_SECONDS = 180
@@ -33,14 +33,8 @@ def load(name):
 
 def run_example(name, *arguments):
     """What a program of examples/ prints."""
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / name, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=50,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
+    with program(EXAMPLES / name, *arguments) as process:
+        return end_of(process, timeout=50)
 
 
 def run(loop):

@@ -11,9 +11,11 @@ import weakref
 from unittest import mock
 
 import pytest
-from helpers import READ, run_until, turn
-from support import FOREVER, Await, Exit, Thread, fail, in_thread, readable
+from fakes import FOREVER, READ, Await, Exit, context_with, fail, run_until, turn
+from kernel import readable
+from processes import Thread, in_thread
 
+BASE = [Exit, KeyboardInterrupt, SystemExit]
 var = contextvars.ContextVar("var", default="unset")
 
 
@@ -41,8 +43,52 @@ def function(result=None, error=None):
     return result
 
 
-KINDS = [function, coroutine, future]
-kinds = pytest.mark.parametrize("kind", KINDS)
+kinds = pytest.mark.parametrize("kind", [function, coroutine, future])
+
+
+class Answers:
+    """Has whatever it is asked for."""
+
+    def __getattr__(self, name):
+        return lambda *args: self
+
+
+class Refuses:
+    """Fails when it is asked for anything."""
+
+    def __getattr__(self, name):
+        raise RuntimeError("hostile")
+
+
+class Generators(type):
+    """Instances, which are classes, have what a generator has."""
+
+    gi_code = types.SimpleNamespace(co_flags=0x100)
+
+
+def make_generator():
+    """One that is no coroutine."""
+    yield
+
+
+PLAIN = {
+    "Mock": mock.Mock(),
+    "MagicMock": mock.MagicMock(),
+    "AsyncMock": mock.AsyncMock(),
+    "NonCallableMock": mock.NonCallableMock(add_done_callback=None),
+    "attribute": types.SimpleNamespace(add_done_callback=int, result=int),
+    "gi_code": types.SimpleNamespace(gi_code=Generators.gi_code, send=int),
+    "__await__": types.SimpleNamespace(__await__=lambda: iter("x")),
+    "Answers": Answers(),
+    "Refuses": Refuses(),
+    "a class of futures": concurrent.futures.Future,
+    "a class of asyncio's": asyncio.Future,
+    "a class of awaitables": Await,
+    "a generator": make_generator(),
+    "a generator function": make_generator,
+    "a class with gi_code": Generators("Class", (), {}),
+}
+plain = pytest.mark.parametrize("value", PLAIN.values(), ids=PLAIN)
 
 
 # -- run_sync ------------------------------------------------------------------
@@ -64,7 +110,7 @@ def test_exception(loop, kind):
 
 
 @pytest.mark.parametrize("kind", [function, coroutine])
-@pytest.mark.parametrize("error", [Exit, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("error", BASE)
 def test_base_exception(loop, kind, error):
     with pytest.raises(error):
         loop.run_sync(lambda: kind(error=error()))
@@ -96,8 +142,10 @@ def test_a_future_of_another_thread(loop):
         assert loop.run_sync(main) == [1, 2, 4, 8, 16]
 
 
-@pytest.mark.parametrize("timeout", [0, 0.002, -1])
-def test_timeout(loop, poller, timeout):
+@pytest.mark.parametrize(
+    "timeout", [0, 0.002, -1, decimal.Decimal("0.002"), fractions.Fraction(1, 500)]
+)
+def test_timeout(loop, timeout):
     never = concurrent.futures.Future()
     with pytest.raises(TimeoutError):
         loop.run_sync(lambda: never, timeout)
@@ -150,16 +198,10 @@ def test_timeout_of_a_coroutine_that_refuses_to_be_closed(loop, expect_log):
 
 
 @kinds
-def test_timeout_that_is_not_needed(loop, kind):
-    assert loop.run_sync(lambda: kind(3), timeout=FOREVER) == 3
+@pytest.mark.parametrize("number", [int, decimal.Decimal, fractions.Fraction])
+def test_timeout_that_is_not_needed(loop, kind, number):
+    assert loop.run_sync(lambda: kind(3), timeout=number(FOREVER)) == 3
     assert loop.stats()["pending_timeouts"] == 0
-
-
-@pytest.mark.parametrize("kind", [decimal.Decimal, fractions.Fraction])
-def test_timeouts_are_of_any_kind_of_number(loop, kind):
-    with pytest.raises(TimeoutError):
-        loop.run_sync(concurrent.futures.Future, kind(1) / 500)
-    assert loop.run_sync(lambda: 7, kind(FOREVER)) == 7
 
 
 @pytest.mark.parametrize("timeout", ["1", object(), float("nan"), mock.Mock()])
@@ -207,8 +249,9 @@ def assert_stops_by_itself(loop):
     assert log == ["own"]
 
 
+@pytest.mark.row("D1")
 def test_left_before_its_function_began(loop):
-    """D1: what else was queued is run by a later start(); the function is not."""
+    """What else was queued is run by a later start(); the function is not."""
     log = []
 
     def leave():
@@ -342,21 +385,6 @@ def test_one_step_in_an_iteration(loop):
     assert log == [log[0], log[0] + 1, log[0] + 2]
 
 
-def test_what_it_awaits_may_fail(loop, run):
-    log = []
-
-    async def work():
-        try:
-            await Await(future(error=KeyError("gone")))
-        except KeyError as error:
-            log.append(error.args)
-        log.append(await Await(future(2)))
-
-    run(work)
-    until(loop, log, 2)
-    assert log == [("gone",), 2]
-
-
 @pytest.mark.parametrize("kind", [coroutine, future])
 def test_its_exception_goes_to_the_hook(loop, run, kind, expect_log):
     run(lambda: kind(error=ZeroDivisionError("in vain")))
@@ -378,25 +406,21 @@ def test_the_hook_gets_the_users_callable(loop):
     assert seen == [work, work]
 
 
-@pytest.mark.parametrize("error", [Exit, KeyboardInterrupt, SystemExit])
-def test_D7_its_base_exception_leaves_start(loop, run, error):
-    run(lambda: coroutine(error=error()))
-    loop.call_later(FOREVER, fail)
+@pytest.mark.row("D7")
+@pytest.mark.parametrize("error", BASE)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_its_base_exception_leaves_start_once(loop, run, error, steps):
+    run(lambda: coroutine(error=error(), steps=steps))
+    late = loop.call_later(FOREVER, fail)
     with pytest.raises(error):
         loop.start()
     assert not loop.running()
-
-
-@pytest.mark.parametrize("error", [Exit, KeyboardInterrupt])
-@pytest.mark.parametrize("steps", [0, 2])
-def test_D7_its_base_exception_is_raised_once(loop, run, error, steps):
-    run(lambda: coroutine(error=error(), steps=steps))
-    with pytest.raises(error):
-        turn(loop, 5)
     turn(loop, 5)
+    late.cancel()
 
 
-def test_D12_stop_iteration_and_cancelled_error(loop, expect_log):
+@pytest.mark.row("D12")
+def test_stop_iteration_and_cancelled_error(loop, expect_log):
     """Inside a coroutine the first is a RuntimeError; the other, a BaseException."""
 
     async def stop():
@@ -413,57 +437,46 @@ def test_D12_stop_iteration_and_cancelled_error(loop, expect_log):
         turn(loop, 4)
 
 
-def test_what_can_not_be_awaited_raises_inside(loop):
+class Broken:
+    """A future that nobody can wait for."""
+
+    def add_done_callback(self, callback):
+        raise KeyError("broken")
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "pattern"),
+    [
+        (lambda: future(error=KeyError("gone")), KeyError, "gone"),
+        (Broken, KeyError, "broken"),
+        (lambda: "nonsense", TypeError, "nonsense"),
+        *((lambda value=value: value, TypeError, None) for value in PLAIN.values()),
+    ],
+    ids=["a failed future", "Broken", "nonsense", *PLAIN],
+)
+def test_what_it_can_not_have_raises_inside(loop, run, make, error, pattern):
+    """And it goes on."""
     log = []
 
     async def work():
-        try:
-            await Await("nonsense")
-        except TypeError as error:
-            log.append("nonsense" in str(error))
-        await Await()
-        log.append("on")
-
-    loop.add_callback(work)
-    until(loop, log, 2)
-    assert log == [True, "on"]
-
-
-def test_what_can_not_be_waited_for_raises_inside(loop, run):
-    class Broken:
-        def add_done_callback(self, callback):
-            raise KeyError("broken")
-
-    log = []
-
-    async def work():
-        try:
-            await Await(Broken())
-        except KeyError as error:
-            log.append(error.args)
-        await Await()
-        log.append("on")
+        with pytest.raises(error, match=pattern):
+            await Await(make())
+        log.append(await Await(future("on")))
 
     run(work)
-    until(loop, log, 2)
-    assert log == [("broken",), "on"]
-
-
-def test_objects_with_await(loop):
-    log = []
-
-    class Work:
-        def __await__(self):
-            yield
-            log.append("done")
-
-    loop.add_callback(Work)
     until(loop, log, 1)
+    assert log == ["on"]
 
 
 def test_awaitables_of_other_kinds(loop, run):
-    """An iterator of Nones, and a generator that is a coroutine by its decorator."""
+    """Objects with __await__, and a generator that is a coroutine by its decorator."""
     log = []
+
+    class Yields:
+        def __await__(self):
+            for i in range(3):
+                log.append(i)
+                yield
 
     class Iterates:
         def __await__(self):
@@ -476,7 +489,7 @@ def test_awaitables_of_other_kinds(loop, run):
             yield
         return "result"
 
-    for kind in (Iterates, generator):
+    for kind in (Yields, Iterates, generator):
         run(kind)
         until(loop, log, 3)
         assert log == [0, 1, 2]
@@ -514,7 +527,8 @@ def test_many_coroutines_take_turns(loop):
     assert log == [(i, name) for i in range(3) for name in "abc"]
 
 
-def test_D20_every_step_runs_in_the_context_of_its_callback(loop):
+@pytest.mark.row("D20")
+def test_every_step_runs_in_the_context_of_its_callback(loop):
     log = []
 
     async def work(value):
@@ -532,31 +546,31 @@ def test_D20_every_step_runs_in_the_context_of_its_callback(loop):
     assert var.get() == "unset"
 
 
+@pytest.mark.row("D20")
 @pytest.mark.parametrize("kind", [function, coroutine])
-def test_D20_the_hook_is_called_in_the_context(loop, run, kind):
+def test_the_hook_is_called_in_the_context(loop, run, kind):
     seen = []
     loop.handle_callback_exception = lambda callback: seen.append(var.get())
-    context = contextvars.copy_context()
-    context.run(var.set, "mine")
-    context.run(run, lambda: kind(error=ZeroDivisionError()))
+    context_with(var, "mine").run(run, lambda: kind(error=ZeroDivisionError()))
     turn(loop, 6)
     del loop.handle_callback_exception
     assert seen == ["mine"]
 
 
-def test_D20_run_sync_sees_the_callers_context(loop):
+@pytest.mark.row("D20")
+def test_run_sync_sees_the_callers_context(loop):
     async def main():
         await Await()
         return var.get()
 
-    context = contextvars.copy_context()
-    context.run(var.set, "mine")
+    context = context_with(var, "mine")
     assert context.run(loop.run_sync, main) == "mine"
     assert context.run(loop.run_sync, var.get) == "mine"
 
 
+@pytest.mark.row("D18")
 def test_coroutines_that_never_end_go_with_the_loop(loop):
-    """D18: what waits for nothing that anybody has is collected."""
+    """What waits for nothing that anybody has is collected."""
     log = []
 
     class Thing:
@@ -617,12 +631,11 @@ def test_add_future_from_a_thread_that_finishes_it(loop):
     thread.join()
 
 
-def test_D20_add_future_captures_the_context(loop):
+@pytest.mark.row("D20")
+def test_add_future_captures_the_context(loop):
     log = []
     gate = concurrent.futures.Future()
-    context = contextvars.copy_context()
-    context.run(var.set, "a")
-    context.run(loop.add_future, gate, lambda _: log.append(var.get()))
+    context_with(var, "a").run(loop.add_future, gate, lambda _: log.append(var.get()))
     in_thread(gate.set_result, 1)
     turn(loop)
     assert log == ["a"]
@@ -656,51 +669,6 @@ def test_futures_and_coroutines_of_handlers_do_not_pile_up(loop):
 # -- What is a future ----------------------------------------------------------
 
 
-class Answers:
-    """Has whatever it is asked for."""
-
-    def __getattr__(self, name):
-        return lambda *args: self
-
-
-class Refuses:
-    """Fails when it is asked for anything."""
-
-    def __getattr__(self, name):
-        raise RuntimeError("hostile")
-
-
-class Generators(type):
-    """Instances, which are classes, have what a generator has."""
-
-    gi_code = types.SimpleNamespace(co_flags=0x100)
-
-
-def make_generator():
-    """One that is no coroutine."""
-    yield
-
-
-PLAIN = {
-    "Mock": mock.Mock(),
-    "MagicMock": mock.MagicMock(),
-    "AsyncMock": mock.AsyncMock(),
-    "NonCallableMock": mock.NonCallableMock(add_done_callback=None),
-    "attribute": types.SimpleNamespace(add_done_callback=int, result=int),
-    "gi_code": types.SimpleNamespace(gi_code=Generators.gi_code, send=int),
-    "__await__": types.SimpleNamespace(__await__=lambda: iter("x")),
-    "Answers": Answers(),
-    "Refuses": Refuses(),
-    "a class of futures": concurrent.futures.Future,
-    "a class of asyncio's": asyncio.Future,
-    "a class of awaitables": Await,
-    "a generator": make_generator(),
-    "a generator function": make_generator,
-    "a class with gi_code": Generators("Class", (), {}),
-}
-plain = pytest.mark.parametrize("value", PLAIN.values(), ids=PLAIN)
-
-
 @plain
 def test_a_value_that_only_looks_like_a_future_is_returned(loop, value):
     assert loop.run_sync(lambda: value, timeout=1) is value
@@ -728,20 +696,6 @@ def test_a_value_that_only_looks_like_a_future_does_not_stop_ticks(loop, poller,
     periodic.start()
     run_until(loop, lambda: len(calls) >= 3)
     periodic.stop()
-
-
-@plain
-def test_what_only_looks_like_a_future_can_not_be_awaited(loop, value):
-    log = []
-
-    async def work():
-        try:
-            await Await(value)
-        except TypeError:
-            log.append("refused")
-
-    loop.add_callback(work)
-    until(loop, log, 1)
 
 
 def test_a_coroutine_function_that_is_a_mock(loop, run):
@@ -896,8 +850,9 @@ def as_handler(loop, pending):
 )
 @pytest.mark.parametrize("end", ["result", "exception", "cancel", "thread"])
 def test_futures_that_end_after_close_are_let_go(loop, caplog, wait, end):
-    """concurrent.futures would log what it can't call."""
+    """concurrent.futures logs what it can't call; the loop must not keep it either."""
     pending = concurrent.futures.Future()
+    reference = weakref.ref(pending)
     with readable() as (loop.sock, _):
         wait(loop, pending)
         turn(loop, 2)
@@ -911,8 +866,10 @@ def test_futures_that_end_after_close_are_let_go(loop, caplog, wait, end):
         pending.cancel()
     else:
         in_thread(pending.set_result, 1)
-    del loop.sock
+    del loop.sock, pending
+    gc.collect()
     assert caplog.messages == []
+    assert reference() is None
 
 
 def test_an_executor_that_is_shut_down_after_close(loop, caplog):

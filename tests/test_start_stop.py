@@ -1,28 +1,30 @@
 """The five steps, stop() wherever it is called, restarts, embedding, which loop."""
 
+import asyncio
+import copy
+import functools
 import gc
 import io
 import os
+import pickle
 import select
 import signal
-import sys
 import threading
 import weakref
 
 import pytest
-from helpers import READ, FakeClock, Recorder, ScriptedPoller, pair, pairs, turn
-from support import (
+from fakes import (
     FOREVER,
     OPEN_LOOP_ONLY,
+    READ,
     Exit,
-    Thread,
-    at_once,
+    FakeClock,
+    ScriptedPoller,
     fail,
-    in_thread,
-    on_signal,
-    readable,
-    sleeping,
+    turn,
 )
+from kernel import on_signal, pair, pairs, readable
+from processes import Thread, at_once, in_thread, sleeping, switch_interval
 
 import ioloop
 from ioloop import IOLoop
@@ -71,14 +73,6 @@ def test_what_callbacks_add_is_due_in_the_same_iteration_only_as_a_timeout(scrip
     assert log[:2] == ["c", "poll"]
 
 
-def test_an_idle_loop_does_not_wake_up(loop):
-    """No periodic poll: one for the sleep, and one for the doorbell perhaps."""
-    with sleeping(loop):
-        before = loop.stats()["polls"]
-        assert before == 1 or before == 2
-    assert loop.stats()["polls"] <= before + 1
-
-
 # -- stop() --------------------------------------------------------------------
 
 
@@ -123,7 +117,7 @@ def test_stop_in_a_handler(script, log, which):
 
 
 def test_stop_before_start(script, log):
-    """The next start() returns at once, once."""
+    """The next start() returns at once, once, and has no effect on run_once()."""
     script.add_callback(log.append, "c")
     script.stop()
     script.start()
@@ -131,9 +125,16 @@ def test_stop_before_start(script, log):
     script.add_callback(script.stop)
     script.start()
     assert log == ["c"]
+    before = script.stats()["iterations"]
+    script.stop()
+    script.start()
+    assert script.stats()["iterations"] == before
+    turn(script)
+    assert "poll" in log
 
 
-def test_B10_stop_before_start_on_every_poller(loop):
+@pytest.mark.row("B10")
+def test_stop_before_start_on_every_poller(loop):
     loop.stop()
     loop.start()
     loop.call_later(0, loop.stop)
@@ -141,7 +142,8 @@ def test_B10_stop_before_start_on_every_poller(loop):
     assert loop.stats()["timeouts"] == 1
 
 
-def test_B11_stop_twice_is_once(script, log):
+@pytest.mark.row("B11")
+def test_stop_twice_is_once(script, log):
     script.add_callback(script.stop)
     script.add_callback(script.stop)
     script.call_later(0, script.stop)
@@ -149,14 +151,6 @@ def test_B11_stop_twice_is_once(script, log):
     script.add_callback(script.add_callback, script.stop)
     script.start()
     assert log[0] == "poll"
-
-
-def test_stop_after_the_end_is_for_the_next_start(script, log):
-    script.add_callback(script.stop)
-    script.start()
-    script.stop()
-    script.start()
-    assert script.stats()["iterations"] == 1
 
 
 def test_stop_and_an_exception_in_one_iteration(script, log):
@@ -171,7 +165,8 @@ def test_stop_and_an_exception_in_one_iteration(script, log):
     assert log == ["c"]
 
 
-def test_B9_stop_from_another_thread(loop):
+@pytest.mark.row("B9")
+def test_stop_from_another_thread(loop):
     """It wakes a loop that sleeps for ever."""
     handle = loop.call_later(FOREVER, fail)
     with sleeping(loop):
@@ -199,11 +194,17 @@ def test_stop_from_del(loop):
 # -- start() again -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["start", "run_once", "run_sync"])
-def test_B13_nested_start_is_refused(loop, name):
-    """In callbacks, timeouts and handlers; the outer loop goes on (row 25)."""
+@pytest.mark.row("B13", "B14")
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        *(("start", ()), ("run_once", ()), ("run_sync", (int,))),
+        *(("close", ()), ("close", (True,))),
+    ],
+)
+def test_what_is_refused_while_the_loop_runs(loop, name, args):
+    """In callbacks, timeouts and handlers; nothing is changed, and it goes on."""
     log = []
-    args = (int,) if name == "run_sync" else ()
 
     def nested(*_):
         with pytest.raises(RuntimeError, match="running"):
@@ -215,12 +216,14 @@ def test_B13_nested_start_is_refused(loop, name):
         loop.add_handler(a, nested, READ)
         loop.add_callback(nested)
         loop.call_later(0, nested)
-        turn(loop)
+        turn(loop, 2)
+        assert a.fileno() >= 0
         loop.remove_handler(a)
-    assert log == [1, 1, 1]
+    assert log == [1, 1, 1, 1]
 
 
-def test_B13_stop_of_a_loop_is_not_taken_by_a_nested_start(script, log):
+@pytest.mark.row("B13")
+def test_stop_of_a_loop_is_not_taken_by_a_nested_start(script, log):
     def nested():
         script.stop()
         with pytest.raises(RuntimeError):
@@ -232,7 +235,7 @@ def test_B13_stop_of_a_loop_is_not_taken_by_a_nested_start(script, log):
 
 
 def test_a_loop_inside_another(make_loop, poller):
-    outer, inner = make_loop(), make_loop(impl=poller.impl())
+    outer, inner = make_loop(), make_loop()
     current = poller.module.IOLoop.current
     seen = []
 
@@ -301,11 +304,12 @@ WAYS_OUT = [
 ]
 
 
+@pytest.mark.row("D4")
 @pytest.mark.parametrize("way", WAYS_OUT)
 @pytest.mark.parametrize("watched", [False, True], ids=["", "watchdog"])
-def test_D4_restart_after_every_way_out(make_loop, poller, way, watched):
-    """Score row 1: flag, thread, wakeup fd, timers and current loop are restored."""
-    other, loop = make_loop(), make_loop(impl=poller.impl())
+def test_restart_after_every_way_out(make_loop, poller, way, watched):
+    """Flag, thread, wakeup fd, timers and current loop are restored."""
+    other, loop = make_loop(), make_loop()
     state = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
     if watched:
         loop.set_blocking_log_threshold(60)
@@ -351,8 +355,9 @@ def test_running(loop):
     assert loop.running() is False
 
 
+@pytest.mark.row("D18")
 def test_start_holds_the_loop(poller):
-    """D18: a loop that nobody else refers to runs to its end."""
+    """A loop that nobody else refers to runs to its end."""
     log = []
 
     def run():
@@ -374,38 +379,12 @@ def test_start_holds_the_loop(poller):
 # -- close() -------------------------------------------------------------------
 
 
-def test_B14_close_while_running_is_refused(loop):
-    """In callbacks, timeouts and handlers (row 24); nothing is changed."""
-    log = []
-
-    def close(*_):
-        with pytest.raises(RuntimeError):
-            loop.close()
-        with pytest.raises(RuntimeError):
-            loop.close(all_fds=True)
-        log.append(1)
-
-    with readable() as (a, _):
-        loop.add_handler(a, close, READ)
-        loop.add_callback(close)
-        loop.call_later(0, close)
-        turn(loop, 2)
-        assert a.fileno() >= 0
-        loop.remove_handler(a)
-    assert log[:3] == [1, 1, 1]
-
-
-def test_B14_close_from_another_thread_while_running_is_refused(loop):
-    with sleeping(loop):
-        with pytest.raises(RuntimeError):
-            loop.close()
-
-
 METHODS = {**OPEN_LOOP_ONLY, "add_future": (None, int), "reinit": ()}
 
 
-def test_B15_closed(loop, poller):
-    """Score row 26."""
+@pytest.mark.row("B6", "B15")
+def test_closed(loop, poller):
+    """Every method says so, and the loop is nobody's current one."""
     loop.close()
     for name in METHODS.keys() - {"remove_handler", "remove_timeout"}:
         with pytest.raises(RuntimeError, match="closed"):
@@ -414,6 +393,7 @@ def test_B15_closed(loop, poller):
     assert poller.module.IOLoop.current(instance=False) is None
 
 
+@pytest.mark.row("B16")
 def test_what_is_removed_after_close_is_gone_already(loop, poller):
     """In any order of a program's end, and in any thread."""
     with pair() as (a, _):
@@ -434,7 +414,8 @@ def test_what_is_removed_after_close_is_gone_already(loop, poller):
     assert not periodic.is_running() and handle.callback is None
 
 
-def test_B15_what_a_closed_loop_still_answers(loop):
+@pytest.mark.row("B15")
+def test_what_a_closed_loop_still_answers(loop):
     loop.close()
     loop.close()
     loop.close(all_fds=True)
@@ -443,8 +424,9 @@ def test_B15_what_a_closed_loop_still_answers(loop):
     assert "closed" in repr(loop)
 
 
-def test_D22_not_initialised(poller):
-    """Score: uvloop #760.  A RuntimeError, and no crash."""
+@pytest.mark.row("D22")
+def test_not_initialised(poller):
+    """A subclass may forget super().__init__(): a RuntimeError, and no crash."""
     loop = poller.module.IOLoop.__new__(poller.module.IOLoop)
     for name in METHODS:
         with pytest.raises(RuntimeError, match="__init__"):
@@ -455,7 +437,8 @@ def test_D22_not_initialised(poller):
     loop.close()
 
 
-def test_D22_partly_made_objects(poller):
+@pytest.mark.row("D22")
+def test_partly_made_objects(poller):
     module = poller.module
     periodic = module.PeriodicCallback.__new__(module.PeriodicCallback)
     for name in ("stop", "is_running"):
@@ -475,17 +458,27 @@ def test_D22_partly_made_objects(poller):
         Sub().start()
 
 
-def test_D22_initialised_twice(loop):
+@pytest.mark.row("D22")
+def test_initialised_twice(loop):
+    """Also when it is closed, maybe inside of one of its methods."""
     with pytest.raises(RuntimeError):
         loop.__init__()
     turn(loop)
 
+    class Hostile(float):
+        def __float__(self):
+            loop.close()
+            loop.__init__()
 
+    for again in (loop.__init__, functools.partial(loop.call_later, Hostile(), int)):
+        with pytest.raises(RuntimeError):
+            again()
+        loop.close()
+
+
+@pytest.mark.row("D22")
 @pytest.mark.parametrize("operation", ["copy", "deepcopy", "pickle"])
-def test_D22_not_to_be_copied(loop, operation):
-    import copy
-    import pickle
-
+def test_not_to_be_copied(loop, operation):
     work = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": pickle.dumps}
     handle = loop.call_later(1, int)
     for thing in (loop, handle):
@@ -493,7 +486,8 @@ def test_D22_not_to_be_copied(loop, operation):
             work[operation](thing)
 
 
-def test_B15_close_drops_what_is_queued(loop, poller):
+@pytest.mark.row("B15")
+def test_close_drops_what_is_queued(loop, poller):
     class Thing:
         def __call__(self, *args):
             raise AssertionError
@@ -613,13 +607,6 @@ def test_stop_costs_run_once_one_iteration(loop, where):
         loop.remove_handler(a)
 
 
-def test_run_once_polls_though_stop_was_called_for_the_next_start(script, log):
-    script.stop()
-    script.start()
-    turn(script)
-    assert "poll" in log
-
-
 def test_fileno_is_the_pollers(loop, poller):
     """select() has none; elsewhere it stays the same."""
     if poller.name == "select":
@@ -696,8 +683,6 @@ def test_embedding_into_another_ioloop(make_loop, poller):
 
 @with_fileno
 def test_embedding_into_asyncio(embedded):
-    import asyncio
-
     async def main():
         done = asyncio.Event()
         running = asyncio.get_running_loop()
@@ -745,14 +730,11 @@ def test_clear_instance(cls):
     assert cls.instance() is other
 
 
+@pytest.mark.row("F7")
 @pytest.mark.parametrize("round_", range(5))
-def test_F7_instance_is_made_once(cls, round_):
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
+def test_instance_is_made_once(cls, round_):
+    with switch_interval(1e-6):
         assert len(set(map(id, at_once(20, cls.instance)))) == 1
-    finally:
-        sys.setswitchinterval(interval)
 
 
 def test_install(cls, loop):
@@ -782,8 +764,8 @@ def test_current_is_the_instance_without_another(cls):
     assert cls.current() is cls.instance()
 
 
-def test_make_current(cls, loop, make_loop, poller):
-    other = make_loop(impl=poller.impl())
+def test_make_current(cls, loop, make_loop):
+    other = make_loop()
     other.make_current()
     assert cls.current() is other
     assert in_thread(cls.current, False) is None
@@ -794,7 +776,7 @@ def test_make_current(cls, loop, make_loop, poller):
 def test_the_first_loop_of_a_thread_is_its_current_one(cls, make_loop, poller):
     """As in Tornado 4; there is no second loop that nobody runs."""
     first = make_loop()
-    second = make_loop(impl=poller.impl())
+    second = make_loop()
     assert cls.current() is first
     assert poller.module.PeriodicCallback(int, 10).io_loop is first
     assert not cls.initialized()
@@ -809,36 +791,15 @@ def test_the_first_loop_of_a_thread_is_its_current_one(cls, make_loop, poller):
     in_thread(in_another)
 
 
-def test_a_closed_loop_gives_way_to_the_next(cls, make_loop, poller):
-    with cls(impl=poller.impl()) as first:
-        assert cls.current() is first
-    assert cls.current(instance=False) is None
-    assert make_loop() is cls.current()
-
-
-def test_a_current_loop_that_was_closed_in_another_thread(cls, make_loop, poller):
-    """Whether it was the first one, or made the current one."""
-    for _ in range(2):
-        loop = make_loop(impl=poller.impl())
-        loop.make_current()
-        in_thread(loop.close)
-        assert cls.current(instance=False) is None
-        loop = make_loop(impl=poller.impl())
-        assert cls.current(instance=False) is loop
-        in_thread(loop.close)
-        assert cls.current(instance=False) is None
-
-
-def test_after_clear_current_the_next_loop_is_the_first(cls, make_loop, poller):
+def test_the_next_loop_is_the_current_one(cls, make_loop):
+    """After clear_current(), and after one that was made not to be current."""
     make_loop()
     cls.clear_current()
-    assert make_loop(impl=poller.impl()) is cls.current()
-
-
-def test_made_not_to_be_current(cls, make_loop, poller):
+    assert make_loop() is cls.current()
+    cls.clear_current()
     make_loop(make_current=False)
     assert cls.current(instance=False) is None
-    assert make_loop(impl=poller.impl(), make_current=None) is cls.current()
+    assert make_loop(make_current=None) is cls.current()
 
 
 def test_made_to_be_current(cls, make_loop, poller, counted_files):
@@ -846,7 +807,7 @@ def test_made_to_be_current(cls, make_loop, poller, counted_files):
     loop = make_loop(make_current=True)
     assert cls.current() is loop
     files = counted_files()
-    for first in (loop, make_loop(impl=poller.impl(), make_current=False)):
+    for first in (loop, make_loop(make_current=False)):
         cls.clear_current()
         first.make_current()
         files = counted_files()
@@ -867,13 +828,13 @@ def test_made_to_be_current_it_is_kept(cls, poller):
 
 
 @pytest.mark.parametrize("ran", [False, True], ids=["", "ran"])
-def test_the_first_loop_is_let_go(cls, poller, ran):
+def test_the_first_loop_is_let_go(cls, poller, ran, warns_unclosed):
     """It is current for as long as somebody has it."""
     loop = cls(impl=poller.impl())
     if ran:
         turn(loop, 2)
     reference = weakref.ref(loop)
-    with pytest.warns(ResourceWarning, match="unclosed"):
+    with warns_unclosed():
         del loop
         gc.collect()
     gc.collect()  # the warning had brought it back, as its source
@@ -898,53 +859,63 @@ def test_a_loop_that_is_made_while_another_runs_is_not_current(cls, loop, poller
     made.pop().close()
 
 
-def test_a_loop_that_can_not_be_made_is_not_current(cls, loop, poller):
+def test_a_loop_that_can_not_be_made_is_not_current(cls, loop, counted_files):
     cls.clear_current()
-    for wrong in ({"impl": object()}, {"impl": loop._impl}, {"time_func": 1}):
+    for args, kwargs in (
+        ((None, print), {}),
+        ((None, None, True), {}),
+        ((), {"time_func": 1}),
+        ((), {"impl": object()}),
+        ((), {"impl": loop._impl}),
+    ):
         for make_current in (None, True):
-            with pytest.raises((TypeError, ValueError)):
-                cls(make_current=make_current, **wrong)
+            error = ValueError if kwargs.get("impl") is loop._impl else TypeError
+            with pytest.raises(error):
+                cls(*args, make_current=make_current, **kwargs)
             assert cls.current(instance=False) is None
+    assert not counted_files()
 
 
-def test_the_instance_is_current_where_it_is_made_first(cls, make_loop, poller):
+def test_the_instance_is_current_where_it_is_made_first(cls, make_loop):
     """Where there is another loop, that stays the current one."""
     instance = cls.instance()
     assert cls.current() is instance
     instance.close()
-    loop = make_loop(impl=poller.impl())
+    loop = make_loop()
     assert cls.instance() is not loop
     assert cls.current() is loop
 
 
-def test_start_makes_its_loop_current_and_restores(cls, loop, make_loop, poller):
-    other = make_loop(impl=poller.impl())
-    other.make_current()
+@pytest.mark.parametrize("run", ["start", "run_once"])
+@pytest.mark.parametrize("made", [False, True], ids=["first", "made current"])
+def test_a_loop_is_current_while_it_runs(cls, make_loop, run, made):
+    """Then it is again the one that was."""
+    other, loop = make_loop(), make_loop()
+    if made:
+        other.make_current()
     seen = []
     loop.add_callback(lambda: seen.append(cls.current()))
     loop.add_callback(loop.stop)
-    loop.start()
+    getattr(loop, run)()
     assert seen == [loop]
     assert cls.current() is other
 
 
-def test_F6_a_closed_loop_is_not_current(cls, loop):
-    loop.make_current()
-    loop.close()
-    assert cls.current(instance=False) is None
+@pytest.mark.row("F6")
+@pytest.mark.parametrize("call", [lambda close: close(), in_thread])
+@pytest.mark.parametrize("made", [False, True], ids=["first", "made current"])
+def test_a_closed_loop_is_not_current(cls, make_loop, call, made):
+    """It gives way to the next one, whichever thread has closed it."""
+    for _ in range(2):
+        loop = make_loop()
+        if made:
+            loop.make_current()
+        assert cls.current(instance=False) is loop
+        call(loop.close)
+        assert cls.current(instance=False) is None
 
 
 # -- Construction --------------------------------------------------------------
-
-
-def test_time_func_must_be_callable(poller, counted_files):
-    with pytest.raises(TypeError):
-        poller.module.IOLoop(time_func=1)
-    with pytest.raises(TypeError):
-        poller.module.IOLoop(None, print)
-    with pytest.raises(TypeError):
-        poller.module.IOLoop(None, None, True)
-    assert not counted_files()
 
 
 def test_subclass_with_attributes(make_loop, cls):
@@ -973,12 +944,3 @@ def test_constants():
     for name in "IN PRI OUT ERR HUP RDHUP ONESHOT ET".split():
         wanted = getattr(select, f"EPOLL{name}") & 0xFFFFFFFF
         assert getattr(IOLoop, f"_EPOLL{name}") == wanted
-
-
-def test_recorder_is_not_called_without_events(loop):
-    calls = Recorder()
-    with pair() as (a, _):
-        loop.add_handler(a, calls, READ)
-        turn(loop)
-        loop.remove_handler(a)
-    assert calls == []

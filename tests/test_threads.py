@@ -7,26 +7,27 @@ import fcntl
 import functools
 import gc
 import os
-import signal
 import threading
 import time
 
 import pytest
-from helpers import READ, ScriptedPoller, pair, pairs, turn
-from support import (
+from fakes import (
     FOREVER,
     LOOP_THREAD_ONLY,
+    READ,
     Exit,
+    ScriptedPoller,
+    start_until,
+    turn,
+)
+from kernel import alarm, broken_bell, pair, readable
+from processes import (
     Thread,
-    alarm,
     assert_shares_gil,
     at_once,
-    broken_bell,
     busy_in_thread,
     flooded,
     in_thread,
-    pend,
-    readable,
     sleeping,
     switch_interval,
     wait_until,
@@ -55,8 +56,9 @@ ALLOWED = {
 }
 
 
-def test_B16_wrong_thread_is_refused(loop):
-    """Every method that is not thread-safe, while the loop runs (row 18)."""
+@pytest.mark.row("B16")
+def test_wrong_thread_is_refused(loop):
+    """Every method that is not thread-safe, while the loop runs."""
     handle = loop.call_later(FOREVER, int)
     with sleeping(loop):
         before = loop.stats()
@@ -72,14 +74,16 @@ def test_B16_wrong_thread_is_refused(loop):
     handle.cancel()
 
 
-def test_B16_what_any_thread_may_call(loop):
+@pytest.mark.row("B16")
+def test_what_any_thread_may_call(loop):
     with sleeping(loop):
         for name, args in ALLOWED.items():
             getattr(loop, name)(*args)
         loop.add_future(concurrent.futures.Future(), int)
 
 
-def test_B16_other_threads_may_use_an_idle_loop(loop):
+@pytest.mark.row("B16")
+def test_other_threads_may_use_an_idle_loop(loop):
     """It belongs to nobody while it does not run."""
     with pair() as (a, _):
         in_thread(loop.add_handler, a, int, READ)
@@ -91,40 +95,8 @@ def test_B16_other_threads_may_use_an_idle_loop(loop):
     assert loop.stats()["iterations"] == 1
 
 
-def test_B16_a_storm_of_wrong_calls(loop):
-    """Score row 18: an error for each call, and neither crash nor damage."""
-    handle = loop.call_later(FOREVER, int)
-    calls = [(getattr(loop, name), args) for name, args in LOOP_THREAD_ONLY.items()]
-    calls.append((handle.cancel, ()))
-    log = []
-
-    def tick():
-        log.append(1)
-        loop.call_later(0, int).cancel()
-        loop.call_later(0, tick)
-
-    loop.call_later(0, tick)
-
-    def storm():
-        refused = 0
-        for _ in range(100):
-            for method, args in calls:
-                try:
-                    method(*args)
-                except RuntimeError:
-                    refused += 1
-        return refused
-
-    thread = Thread(loop.start)
-    wait_until(lambda: log)
-    assert at_once(4, storm) == [100 * len(calls)] * 4
-    loop.stop()
-    thread.join()
-    handle.cancel()
-    assert loop.stats()["pending_timeouts"] == 1
-
-
-def test_B12_start_in_many_threads(loop):
+@pytest.mark.row("B12")
+def test_start_in_many_threads(loop):
     """One at a time runs, the others are refused."""
 
     def start():
@@ -145,7 +117,8 @@ def test_B12_start_in_many_threads(loop):
         assert not loop.running()
 
 
-def test_B17_the_ident_of_a_dead_thread(loop):
+@pytest.mark.row("B17")
+def test_the_ident_of_a_dead_thread(loop):
     """Nobody owns a loop that does not run, whatever its thread was called."""
     in_thread(loop.run_once, 0)
     in_thread(loop.call_later, 0, int)
@@ -156,9 +129,10 @@ def test_B17_the_ident_of_a_dead_thread(loop):
 # -- add_callback from threads -------------------------------------------------
 
 
+@pytest.mark.row("B3", "B25")
 @pytest.mark.parametrize("method", ["add_callback", "spawn_callback"])
-def test_B3_exact_counts(loop, method):
-    """Score row 29: what is accepted is run, each producer's in its order."""
+def test_exact_counts(loop, method):
+    """What is accepted is run, each producer's in its order."""
     threads, count = 4, 3000
     log = []
 
@@ -182,7 +156,8 @@ def test_B3_exact_counts(loop, method):
         assert [i for n, i in log if n == name] == list(range(count))
 
 
-def test_B3_no_wake_up_is_lost(loop):
+@pytest.mark.row("B3")
+def test_no_wake_up_is_lost(loop):
     """One callback at a time to a loop that goes to sleep after each."""
     rounds = 2000
     gate = threading.Semaphore(0)
@@ -195,46 +170,22 @@ def test_B3_no_wake_up_is_lost(loop):
         loop.stop()
         return "done"
 
-    thread = Thread(ping)
-    loop.start()
-    assert thread.join() == "done"
+    with Thread(ping) as thread:
+        loop.start()
+    assert thread.result == "done"
     assert loop.stats()["callbacks"] == rounds
 
 
-def test_B3_no_stop_is_lost(loop):
+@pytest.mark.row("B3")
+def test_no_stop_is_lost(loop):
     for _ in range(200):
-        thread = Thread(loop.stop)
-        loop.start()
-        thread.join()
+        with Thread(loop.stop):
+            loop.start()
 
 
-def test_B5_accepted_or_refused(poller):
-    """While another thread closes: each call either raises, or was in time."""
-    for _ in range(20):
-        loop = poller.module.IOLoop(impl=poller.impl())
-        barrier, ran = threading.Barrier(3), []
-
-        def produce(loop=loop, barrier=barrier, ran=ran):
-            accepted = 0
-            barrier.wait()
-            try:
-                while True:
-                    loop.add_callback(ran.append, None)
-                    accepted += 1
-            except RuntimeError:
-                return accepted
-
-        producers = [Thread(produce) for _ in range(2)]
-        barrier.wait()
-        for _ in range(3):
-            loop.run_once(0)
-        assert loop.stats()["callbacks"] == len(ran)
-        loop.close()
-        assert sum(thread.join() for thread in producers) >= len(ran)
-
-
-def test_B4_nothing_is_written_after_close(poller, tmp_path):
-    """Score: bytes of a doorbell in a foreign file that got its number."""
+@pytest.mark.row("B4")
+def test_nothing_is_written_after_close(poller, tmp_path):
+    """Its number may be that of a foreign file by then."""
     for _ in range(20):
         loop = poller.module.IOLoop(impl=poller.impl())
         before = set(os.listdir("/proc/self/fd"))
@@ -261,7 +212,8 @@ def test_B4_nothing_is_written_after_close(poller, tmp_path):
         assert set(os.listdir("/proc/self/fd")) <= before
 
 
-def test_B5_stop_and_start_lose_no_callback(loop):
+@pytest.mark.row("B5")
+def test_stop_and_start_lose_no_callback(loop):
     """What is added while the loop stops is run by the next start()."""
     count, log = 3000, []
 
@@ -271,19 +223,18 @@ def test_B5_stop_and_start_lose_no_callback(loop):
             if i % 10 == 0:
                 loop.stop()
 
-    thread = Thread(produce)
-    while len(log) < count:
-        loop.call_later(0.001, loop.stop)
-        loop.start()
-    thread.join()
+    with Thread(produce):
+        while len(log) < count:
+            loop.call_later(0.001, loop.stop)
+            loop.start()
     assert log == list(range(count))
 
 
-# -- The doorbell --------------------------------------------------------------
+# -- The waker -----------------------------------------------------------------
 
 
 class Doorbell(ScriptedPoller):
-    """A poller that counts what comes out of the doorbell."""
+    """A poller that counts what comes out of the waker."""
 
     def __init__(self):
         super().__init__()
@@ -309,7 +260,8 @@ def bell():
         yield loop
 
 
-def test_B26_rung_only_while_the_loop_sleeps(bell):
+@pytest.mark.row("B26")
+def test_rung_only_while_the_loop_sleeps(bell):
     poller = bell._impl
     for _ in range(100):
         bell.add_callback(int)
@@ -322,7 +274,8 @@ def test_B26_rung_only_while_the_loop_sleeps(bell):
     assert poller.rings == 1
 
 
-def test_B26_rung_once_until_answered(bell):
+@pytest.mark.row("B26")
+def test_rung_once_until_answered(bell):
     poller = bell._impl
 
     def ring():
@@ -339,7 +292,8 @@ def test_B26_rung_once_until_answered(bell):
     assert bell.stats()["pending_callbacks"] == 0
 
 
-def test_B26_not_rung_for_a_poll_that_does_not_wait(bell):
+@pytest.mark.row("B26")
+def test_not_rung_for_a_poll_that_does_not_wait(bell):
     poller = bell._impl
     poller.actions = [lambda: in_thread(bell.add_callback, int)]
     bell.add_callback(bell.add_callback, int)
@@ -349,7 +303,8 @@ def test_B26_not_rung_for_a_poll_that_does_not_wait(bell):
     assert bell.stats()["pending_callbacks"] == 0
 
 
-def test_B3_queued_just_before_the_loop_sleeps():
+@pytest.mark.row("B3")
+def test_queued_just_before_the_loop_sleeps():
     """By a thread between two steps: the loop looks once more, and does not wait."""
 
     def clock():
@@ -368,15 +323,21 @@ def test_B3_queued_just_before_the_loop_sleeps():
         assert set(loop._impl.polls) == {0}
 
 
+def fill(reader):
+    """Fill a pipe to the last byte."""
+    writer = os.open(f"/proc/self/fd/{reader}", os.O_WRONLY | os.O_NONBLOCK)
+    for size in (4096, 1):
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, b"!" * size)
+    os.close(writer)
+
+
+@pytest.mark.row("B1")
 @pytest.mark.parametrize("count", [1, 100_000])
-def test_B1_a_full_pipe_is_a_rung_bell(loop, count):
+def test_a_full_pipe_is_a_rung_bell(loop, count):
     """EAGAIN is success: somebody else filled it."""
-    writer = os.open(f"/proc/self/fd/{doorbell()}", os.O_WRONLY | os.O_NONBLOCK)
-    try:
-        while True:
-            os.write(writer, b"!" * 4096)
-    except BlockingIOError:
-        os.close(writer)
+    fill(waker_pipe())
     added = []
 
     def add():
@@ -384,25 +345,20 @@ def test_B1_a_full_pipe_is_a_rung_bell(loop, count):
             loop.add_callback(added.append, 1)
         loop.add_callback(loop.stop)
 
-    thread = Thread(add)
-    loop.start()
-    thread.join()
+    with Thread(add):
+        loop.start()
     assert len(added) == count
     loop.call_later(0.001, loop.stop)
     loop.start()
 
 
-def test_B1_full_while_the_loop_sleeps(bell):
+@pytest.mark.row("B1")
+def test_full_while_the_loop_sleeps(bell):
     """Before it has answered: who rings then is told of no error."""
     poller, log = bell._impl, []
 
     def fill_and_ring():
-        path = f"/proc/self/fd/{poller.waker}"
-        writer = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
-        with pytest.raises(BlockingIOError):
-            while True:
-                os.write(writer, b"!")
-        os.close(writer)
+        fill(poller.waker)
         in_thread(bell.add_callback, log.append, 1)
 
     poller.actions = [fill_and_ring]
@@ -411,7 +367,8 @@ def test_B1_full_while_the_loop_sleeps(bell):
     assert log == [1]
 
 
-def test_B2_what_is_queued_behind_a_refused_callback_stays(bell, monkeypatch):
+@pytest.mark.row("B2")
+def test_what_is_queued_behind_a_refused_callback_stays(bell, monkeypatch):
     """Only the call that failed is undone, not one that was accepted meanwhile."""
     log = []
 
@@ -433,7 +390,8 @@ def test_B2_what_is_queued_behind_a_refused_callback_stays(bell, monkeypatch):
     assert "accepted" in log
 
 
-def test_B2_a_refused_stop_does_not_stop(bell):
+@pytest.mark.row("B2")
+def test_a_refused_stop_does_not_stop(bell):
     def ring():
         with broken_bell(bell._impl.waker), pytest.raises(OSError):
             bell.stop()
@@ -448,7 +406,7 @@ def test_B2_a_refused_stop_does_not_stop(bell):
     assert log == ["ran"]
 
 
-def doorbell():
+def waker_pipe():
     """The reading end of the pipe that was opened last."""
     pipes = []
     for fd in map(int, os.listdir("/proc/self/fd")):
@@ -468,11 +426,12 @@ def test_errno_is_kept(loop):
         assert ctypes.get_errno() == 77
 
 
-def test_E23_a_ring_at_a_closing_door_does_not_kill(poller):
+@pytest.mark.row("E23")
+def test_a_wake_up_during_close_does_not_kill(poller):
     """SIGPIPE, which the program has set back to its default."""
     done = poller.run(
         """
-        import signal, support
+        import processes, signal
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
         def ring(loop):
@@ -486,7 +445,7 @@ def test_E23_a_ring_at_a_closing_door_does_not_kill(poller):
             loop = ioloop.IOLoop(impl=impl())
             if impl is not ioloop._Select:
                 loop.fileno()  # somebody else polls it: each stop() may ring
-            threads = [support.Thread(ring, loop) for _ in range(2)]
+            threads = [processes.Thread(ring, loop) for _ in range(2)]
             loop.run_once(0)
             loop.close()
             assert [thread.join() for thread in threads] == ["closed"] * 2
@@ -498,7 +457,8 @@ def test_E23_a_ring_at_a_closing_door_does_not_kill(poller):
 # -- Reentrancy ----------------------------------------------------------------
 
 
-def test_B7_a_signal_handler_that_adds_callbacks(loop):
+@pytest.mark.row("B7")
+def test_a_signal_handler_that_adds_callbacks(loop):
     """At any moment, also inside add_callback: no deadlock, and exact counts."""
     added, log = 0, []
 
@@ -519,18 +479,8 @@ def test_B7_a_signal_handler_that_adds_callbacks(loop):
     assert log.count("signal") == added
 
 
-def test_B7_a_signal_that_is_pending_inside_the_loop(loop):
-    """Raised in C between two callbacks: handled before the loop sleeps."""
-    old = signal.signal(signal.SIGUSR1, lambda *_: loop.stop())
-    try:
-        loop.add_callback(*pend(signal.SIGUSR1))
-        loop.call_later(FOREVER, int)
-        loop.start()
-    finally:
-        signal.signal(signal.SIGUSR1, old)
-
-
-def test_B8_finalizers_in_threads(loop):
+@pytest.mark.row("B8")
+def test_finalizers_in_threads(loop):
     """A __del__ that queues, run by the collector inside any allocation."""
     threshold = gc.get_threshold()
     gc.set_threshold(1)
@@ -561,7 +511,8 @@ def test_B8_finalizers_in_threads(loop):
     assert log.count("plain") == log.count("del") == 3 * count
 
 
-def test_F9_other_threads_run_while_the_loop_sleeps(loop):
+@pytest.mark.row("F9")
+def test_other_threads_run_while_the_loop_sleeps(loop):
     """The poll is without the GIL."""
     with sleeping(loop):
         assert in_thread(sum, range(1000)) == 499500
@@ -579,8 +530,9 @@ def never_reads(loop, a):
     loop.add_handler(a, lambda *_: None, READ)
 
 
+@pytest.mark.row("F9")
 @pytest.mark.parametrize("work", [chain, ticks, never_reads])
-def test_F9_other_threads_run_while_the_loop_is_busy(loop, work):
+def test_other_threads_run_while_the_loop_is_busy(loop, work):
     """A thread that waits for the GIL has it after one switch interval."""
     with readable() as (a, _):
         work(loop, a)
@@ -590,12 +542,7 @@ def test_F9_other_threads_run_while_the_loop_is_busy(loop, work):
 
 
 def test_exceptions_in_a_thread_that_runs_the_loop(loop):
-    def run():
-        loop.add_callback(lambda: (_ for _ in ()).throw(Exit))
-        loop.start()
-
-    with pytest.raises(Exit):
-        in_thread(run)
+    in_thread(start_until, loop, Exit)
     assert not loop.running()
 
 
@@ -620,23 +567,6 @@ def test_loops_in_many_threads(poller):
     for loop in loops:
         loop.close()
     assert log == list(range(count * laps + 1))
-
-
-def test_A32_an_fd_closed_by_another_thread_while_the_loop_sleeps(loop, poller):
-    with pairs(2) as [(a, b), (c, d)]:
-        log = []
-        loop.add_handler(a.fileno(), lambda *_: log.append("a"), READ)
-        loop.add_handler(c.fileno(), lambda *_: (log.append("c"), loop.stop()), READ)
-        number = a.fileno()
-        thread = Thread(loop.start)
-        wait_until(loop.running)
-        a.close()
-        b.close()
-        d.send(b"x")
-        thread.join()
-        assert log[-1] == "c"
-        loop.remove_handler(number)
-        loop.remove_handler(c)
 
 
 def test_time_is_not_stopped_by_a_flood(loop):

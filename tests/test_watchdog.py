@@ -7,29 +7,27 @@ import logging
 import os
 import select
 import signal
+import subprocess
 import sys
 import threading
 import time
 from inspect import signature
 
 import pytest
-from helpers import READ, Recorder, pair, turn
-from support import (
+from fakes import (
     FOREVER,
+    READ,
     Exit,
-    Thread,
-    alarm,
+    Recorder,
+    block,
     fail,
-    in_thread,
     in_time,
-    kill,
-    on_signal,
-    pend,
-    readable,
-    sleeping,
-    wait_until,
-    when_asleep,
+    run_callback,
+    start_until,
+    turn,
 )
+from kernel import alarm, kill, on_signal, pair, pend, readable
+from processes import Thread, child, in_thread, sleeping, wait_until, when_asleep
 
 ALRM = signal.SIGALRM
 SHORT = 0.02
@@ -40,9 +38,9 @@ only_epoll = pytest.mark.parametrize("poller", ["epoll"], indirect=True)
 
 # Only these have to do with how a poller sleeps; the others run on epoll.
 ON_EVERY_POLLER = {
-    "test_E14_sleeping_is_not_blocking",
-    "test_E15_what_blocks_after_a_long_sleep_is_noticed",
-    "test_E20_no_action_kills_the_process",
+    "test_sleeping_is_not_blocking",
+    "test_what_blocks_after_a_long_sleep_is_noticed",
+    "test_no_action_kills_the_process",
     "test_a_watched_loop_that_is_idle_makes_no_system_call",
     "test_an_alarm_that_falls_due_while_the_loop_sleeps",
     "test_it_can_be_set_while_the_loop_runs",
@@ -50,32 +48,27 @@ ON_EVERY_POLLER = {
 }
 
 
-def block(seconds=0.15):
-    """Python code that does not let go."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        pass
-
-
-def watch(loop, way, seconds=SHORT):
+def watch(loop, way, seconds=SHORT, names=("block", "sleep")):
     """Set the threshold; the list of the functions that are reported to block.
 
-    They have the names "block" and "sleep".  What else is reported is a busy machine.
+    They have these names.  What else is reported is a busy machine; () takes it all.
     """
     alarms = []
 
     def action(number, frame):
         assert number == ALRM
-        while frame and frame.f_code.co_name not in ("block", "sleep"):
+        while names and frame and frame.f_code.co_name not in names:
             frame = frame.f_back
         if frame:
             alarms.append(frame.f_code.co_name)
 
-    if way == "log":
+    if way == "signal":
+        loop.set_blocking_signal_threshold(seconds, action)
+    elif way == "kill":
+        loop.set_blocking_signal_threshold(seconds, None)
+    else:
         loop.log_stack = action
         loop.set_blocking_log_threshold(seconds)
-    else:
-        loop.set_blocking_signal_threshold(seconds, action)
     return alarms
 
 
@@ -90,11 +83,29 @@ def watchers():
     return [t for t in threading.enumerate() if t.name == "ioloop watchdog"]
 
 
+def still_watches(loop):
+    """What blocks is reported, once."""
+    before = len(loop.alarms)
+    run_callback(loop, block)
+    assert len(loop.alarms) == before + 1
+
+
+def run(way, function, *args):
+    """Call it, for the way "thread" in another thread."""
+    in_thread(function, *args) if way == "thread" else function(*args)
+
+
+def mine(*_):
+    """The program's handler of SIGALRM, which is not to be called."""
+    fail(AssertionError)
+
+
 # -- What is blocked, and what is not -------------------------------------------
 
 
+@pytest.mark.row("E15")
 @pytest.mark.parametrize("where", ["callback", "timeout", "handler"])
-def test_E15_user_code_that_blocks_is_noticed(watched, where):
+def test_user_code_that_blocks_is_noticed(watched, where):
     """From the first batch on; with the signal and the frame that blocks."""
     with readable() as (a, _):
 
@@ -112,22 +123,27 @@ def test_E15_user_code_that_blocks_is_noticed(watched, where):
     assert watched.alarms == ["block"]
 
 
-@both
-def test_E14_sleeping_is_not_blocking(loop, way):
+@pytest.mark.row("E14")
+@pytest.mark.parametrize("way", ["log", "signal", "thread", "python"])
+def test_sleeping_is_not_blocking(make_loop, way):
+    """Nor in a poller that is written in Python."""
+
     def sleep():
         loop.call_later(3 * LONG, loop.stop)
         loop.start()
 
+    loop = make_loop(impl=select.epoll()) if way == "python" else make_loop()
     alarms = watch(loop, way, LONG)
-    sleep()
+    run(way, sleep)
     assert alarms == []
 
 
+@pytest.mark.row("E15")
 @pytest.mark.parametrize("way", ["log", "signal", "thread"])
 @pytest.mark.parametrize("where", ["timeout", "handler"])
-def test_E15_what_blocks_after_a_long_sleep_is_noticed(loop, where, way):
+def test_what_blocks_after_a_long_sleep_is_noticed(loop, where, way):
     """In which whoever watches has found nothing to do."""
-    alarms = watch(loop, "log" if way == "thread" else way)
+    alarms = watch(loop, way)
 
     def handler(*_):
         loop.remove_handler(a)
@@ -140,7 +156,7 @@ def test_E15_what_blocks_after_a_long_sleep_is_noticed(loop, where, way):
             loop.call_later(5 * SHORT, handler)
         else:
             sender = Thread(lambda: (time.sleep(5 * SHORT), b.send(b"x")))
-        in_thread(loop.start) if way == "thread" else loop.start()
+        run(way, loop.start)
         if where == "handler":
             sender.join()
     assert alarms == ["block"]
@@ -187,20 +203,8 @@ def test_what_blocks_in_c_is_noticed(watched, gil):
         for _ in range(1000):
             pass
 
-    watched.add_callback(sleep)
-    turn(watched)
+    run_callback(watched, sleep)
     assert watched.alarms == ["sleep"]
-
-
-def test_sleeping_in_a_python_poller_is_not_blocking(poller):
-    def sleep():
-        loop.call_later(3 * LONG, loop.stop)
-        loop.start()
-
-    with poller.module.IOLoop(impl=select.epoll()) as loop:
-        alarms = watch(loop, "log", LONG)
-        sleep()
-        assert alarms == []
 
 
 def test_an_action_that_raises_ends_the_block(loop):
@@ -225,8 +229,7 @@ def test_an_action_may_turn_it_off(loop):
 
     loop.set_blocking_signal_threshold(SHORT, action)
     for _ in range(2):
-        loop.add_callback(block)
-        turn(loop)
+        run_callback(loop, block)
     assert alarms == [ALRM]
     assert watchers() == []
 
@@ -237,20 +240,15 @@ def test_a_log_stack_that_raises_is_shown_and_disturbs_nobody(loop, monkeypatch)
     loop.log_stack = lambda *_: fail(ZeroDivisionError)
     loop.set_blocking_log_threshold(SHORT)
     for _ in range(2):
-        loop.add_callback(block)
-        turn(loop)
+        run_callback(loop, block)
     assert shown == [ZeroDivisionError] * 2
 
 
-@pytest.mark.parametrize("way", ["stop", "exception"])
-def test_E13_disarmed_on_every_exit(watched, way):
-    """Score row 27."""
-    watched.add_callback(watched.stop if way == "stop" else lambda: fail(Exit))
-    if way == "stop":
-        watched.start()
-    else:
-        with pytest.raises(Exit):
-            watched.start()
+@pytest.mark.row("E13")
+@pytest.mark.parametrize("error", [None, Exit])
+def test_disarmed_on_every_exit(watched, error):
+    """An alarm after the run would hit code that has nothing to do with the loop."""
+    start_until(watched, error)
     block()
     assert watched.alarms == []
     assert signal.getsignal(ALRM) == signal.SIG_DFL
@@ -271,46 +269,53 @@ def test_none_turns_it_off_at_once(watched, method):
         block()
 
     before = signal.getsignal(ALRM)
-    watched.add_callback(off)
-    turn(watched)
+    run_callback(watched, off)
     assert watched.alarms == []
 
 
-@both
+@pytest.mark.parametrize("way", ["log", "signal", "thread"])
 def test_it_can_be_set_while_the_loop_runs(loop, way):
+    """And turned off."""
     alarms = []
 
-    def on():
+    def on_and_off():
         alarms.append(watch(loop, way))
         block()
+        loop.set_blocking_log_threshold(None)
+        block()
 
-    loop.add_callback(on)
-    turn(loop)
+    run(way, run_callback, loop, on_and_off)
     assert alarms == [["block"]]
     assert signal.getsignal(ALRM) == signal.SIG_DFL
 
 
-@pytest.mark.parametrize("way", ["start", "run_once", "run_sync", "exception", "none"])
-def test_the_watcher_ends_with_the_run(watched, way):
+@pytest.mark.row("F4")
+@pytest.mark.parametrize("way", ["log", "signal", "thread"])
+@pytest.mark.parametrize("end", ["start", "run_once", "run_sync", "exception", "none"])
+def test_the_watcher_ends_with_the_run(loop, way, end):
     """One thread while it lasts, and none before and after."""
-    seen = []
-    watched.add_callback(lambda: seen.extend(watchers()))
-    if way == "start":
-        watched.add_callback(watched.stop)
-        watched.start()
-    elif way == "run_sync":
-        watched.run_sync(int)
-    elif way == "exception":
-        watched.add_callback(fail, Exit)
-        with pytest.raises(Exit):
-            watched.start()
-    else:
-        if way == "none":
-            watched.add_callback(watched.set_blocking_log_threshold, None)
-            watched.add_callback(lambda: seen.extend(watchers()))
-        turn(watched)
+
+    def look():
+        seen.extend(watchers())
+
+    def run_and_end():
+        loop.add_callback(look)
+        if end in ("start", "exception"):
+            start_until(loop, Exit if end == "exception" else None)
+        elif end == "run_sync":
+            loop.run_sync(int)
+        elif end == "none":
+            loop.add_callback(loop.set_blocking_log_threshold, None)
+            run_callback(loop, look)
+        else:
+            turn(loop)
+
+    seen, before = [], set(threading.enumerate())
+    watch(loop, way)
+    run(way, run_and_end)
     assert len(seen) == 1
-    assert watchers() == []
+    assert set(threading.enumerate()) == before
+    wait_until(lambda: not os.path.exists(f"/proc/self/task/{seen[0].native_id}"))
 
 
 def test_an_interrupt_leaves_no_watcher_behind(loop):
@@ -326,10 +331,10 @@ def test_an_interrupt_leaves_no_watcher_behind(loop):
     assert watchers() == []
 
 
-def test_set_blocking_log_threshold(loop, expect_log):
+@pytest.mark.parametrize("way", ["log", "thread"])
+def test_set_blocking_log_threshold(loop, expect_log, way):
     loop.set_blocking_log_threshold(LONG)
-    loop.add_callback(block, 3 * LONG)
-    turn(loop)
+    run(way, run_callback, loop, block, 3 * LONG)
     record = expect_log.take(
         r"(?s)^IOLoop blocked for 0\.100000 seconds in\n.*\bblock\b"
     )
@@ -349,8 +354,7 @@ def test_log_stack_of_a_subclass(make_loop, poller):
     seen = []
     loop = make_loop(Sub)
     loop.set_blocking_log_threshold(SHORT)
-    loop.add_callback(block)
-    turn(loop)
+    run_callback(loop, block)
     assert seen == [ALRM]
 
 
@@ -363,9 +367,7 @@ def test_a_threshold_must_be_positive(watched, seconds):
         watched.set_blocking_signal_threshold(seconds, None)
     with pytest.raises(ValueError):
         watched.set_blocking_log_threshold(seconds)
-    watched.add_callback(block)
-    turn(watched)
-    assert len(watched.alarms) == 1
+    still_watches(watched)
 
 
 @pytest.mark.parametrize("args", [("1", None), (1, 1), (1, "kill"), ([], None)])
@@ -374,17 +376,17 @@ def test_thresholds_and_actions_of_wrong_types(loop, args):
         loop.set_blocking_signal_threshold(*args)
 
 
-def test_E18_main_thread_only(watched):
+@pytest.mark.row("E18")
+def test_main_thread_only(watched):
     """Checked before any state changes."""
     for args in ((SHORT, None), (None, None)):
         with pytest.raises(RuntimeError, match="main thread"):
             in_thread(watched.set_blocking_signal_threshold, *args)
-    watched.add_callback(block)
-    turn(watched)
-    assert len(watched.alarms) == 1
+    still_watches(watched)
 
 
-def test_E18_a_loop_with_a_signal_threshold_runs_in_the_main_thread(loop):
+@pytest.mark.row("E18")
+def test_a_loop_with_a_signal_threshold_runs_in_the_main_thread(loop):
     watch(loop, "signal")
     with pytest.raises(RuntimeError):
         in_thread(turn, loop)
@@ -403,8 +405,7 @@ def test_what_sigalrm_means_while_a_loop_with_an_action_runs(loop):
 
     seen = []
     loop.set_blocking_signal_threshold(30, action)
-    loop.add_callback(lambda: seen.append(signal.getsignal(ALRM)))
-    turn(loop)
+    run_callback(loop, lambda: seen.append(signal.getsignal(ALRM)))
     assert seen == [action]
 
 
@@ -419,30 +420,24 @@ def test_sigalrm_is_not_touched_without_an_action(loop, way):
             block()
             assert signal.getsignal(ALRM) is mine
 
-    with alarm(60, lambda *_: fail(), 7):
-        mine = signal.getsignal(ALRM)
-        if way == "log":
-            alarms = watch(loop, "log")
-        else:
-            loop.set_blocking_signal_threshold(30, None)
+    with alarm(60, mine, 7):
+        alarms = watch(loop, way, SHORT if way == "log" else 30)
         for _ in range(2):
-            loop.add_callback(look)
-            turn(loop)
+            run_callback(loop, look)
     assert way == "kill" or len(alarms) == 2
 
 
+@pytest.mark.row("E16", "E17")
 @both
-def test_E16_E17_a_foreign_timer_and_handler_are_restored(loop, way):
+def test_a_foreign_timer_and_handler_are_restored(loop, way):
     """The timer goes on all the time; the handler is back after each run."""
-    fired = []
 
     def look():
         left, interval = signal.getitimer(signal.ITIMER_REAL)
         assert 0 < left < 60
         assert interval == 7
 
-    with alarm(60, lambda *_: fired.append(1), 7):
-        mine = signal.getsignal(ALRM)
+    with alarm(60, mine, 7):
         watch(loop, way, 30)
         for _ in range(2):
             loop.add_callback(look)
@@ -450,12 +445,12 @@ def test_E16_E17_a_foreign_timer_and_handler_are_restored(loop, way):
             loop.start()
             assert signal.getsignal(ALRM) is mine
             look()
-    assert fired == []
 
 
+@pytest.mark.row("E16")
 @both
 @pytest.mark.parametrize("end", ["stop", "exception"])
-def test_E16_a_foreign_timer_still_fires(loop, way, end):
+def test_a_foreign_timer_still_fires(loop, way, end):
     fired = []
     with alarm(0.05, lambda *_: fired.append(1)):
         watch(loop, way, 30)
@@ -466,14 +461,15 @@ def test_E16_a_foreign_timer_still_fires(loop, way, end):
     assert fired == [1]
 
 
+@pytest.mark.row("E17")
 @both
-def test_E17_signal_handlers_from_c_are_restored(loop, way, tmp_path):
+def test_signal_handlers_from_c_are_restored(loop, way, tmp_path):
     watch(loop, way, 30)
     for handler in (signal.SIG_IGN, signal.SIG_DFL):
         with on_signal(ALRM, handler):
             turn(loop)
             assert signal.getsignal(ALRM) == handler
-    with open(tmp_path / "dump", "w") as file, on_signal(ALRM, lambda *_: fail()):
+    with open(tmp_path / "dump", "w") as file, on_signal(ALRM, mine):
         faulthandler.register(ALRM, file)
         turn(loop)
         signal.raise_signal(ALRM)
@@ -481,51 +477,39 @@ def test_E17_signal_handlers_from_c_are_restored(loop, way, tmp_path):
     assert (tmp_path / "dump").read_text()
 
 
-@both
+@pytest.mark.parametrize("way", ["log", "signal", "kill"])
 def test_a_handler_set_while_the_loop_runs_stays(loop, way):
+    calls = []
     with on_signal(ALRM, signal.SIG_IGN):
         watch(loop, way, 30)
-        loop.add_callback(signal.signal, ALRM, fail)
-        turn(loop)
-        assert signal.getsignal(ALRM) is fail
-
-
-def test_a_handler_set_while_there_is_no_action_stays(poller):
-    poller.run(
-        """
-        import signal
-        calls = []
-        with ioloop.IOLoop(impl=impl()) as loop:
-            loop.set_blocking_signal_threshold(30, None)
-            loop.add_callback(signal.signal, signal.SIGALRM, lambda *_: calls.append(1))
-            loop.run_once(0)
-        signal.raise_signal(signal.SIGALRM)
-        assert calls == [1]
-        """
-    )
+        run_callback(loop, signal.signal, ALRM, lambda *_: calls.append(1))
+        signal.raise_signal(ALRM)
+    assert calls == [1]
 
 
 @both
-def test_an_alarm_that_falls_due_while_the_loop_sleeps(loop, way):
-    """It was set before; its handler is called, and once."""
+@pytest.mark.parametrize(("interval", "count"), [(0, 1), (0.005, 5)])
+def test_an_alarm_that_falls_due_while_the_loop_sleeps(loop, way, interval, count):
+    """It was set before; its handler is called once, or as often as the timer ticks."""
     fired = []
 
     def handler(*_):
         fired.append(1)
-        loop.stop()
+        if len(fired) == count:
+            loop.stop()
 
     alarms = watch(loop, way, 30)
-    with alarm(0.005, handler), in_time(loop):
+    with alarm(0.005, handler, interval), in_time(loop):
         loop.start()
-    assert (fired, alarms) == ([1], [])
+    assert len(fired) == 1 or interval
+    assert alarms == []
 
 
 def test_an_alarm_that_falls_due_in_a_callback(watched):
     """While the watchdog reports that callback."""
     fired = []
     with alarm(5 * SHORT, lambda *_: fired.append(1)):
-        watched.add_callback(block, 10 * SHORT)
-        turn(watched)
+        run_callback(watched, block, 10 * SHORT)
     assert fired == [1]
     assert watched.alarms == ["block"]
 
@@ -543,31 +527,15 @@ def test_an_alarm_that_falls_due_in_c_code_which_no_signal_interrupts(watched, s
         libc.pthread_mutex_unlock(mutex)
 
     def sleep():
-        thread = Thread(hold)
-        locked.wait()
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        libc.pthread_mutex_lock(mutex)
-        thread.join()
+        with Thread(hold):
+            locked.wait()
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            libc.pthread_mutex_lock(mutex)
 
     with on_signal(ALRM, lambda *_: fired.append(1)):
-        watched.add_callback(sleep)
-        turn(watched)
+        run_callback(watched, sleep)
     assert fired == [1]
     assert watched.alarms == ["sleep"]
-
-
-@both
-def test_an_interval_timer_goes_on_ticking(loop, way):
-    ticks = []
-
-    def handler(*_):
-        ticks.append(1)
-        if len(ticks) == 5:
-            loop.stop()
-
-    watch(loop, way, 30)
-    with alarm(0.005, handler, 0.005), in_time(loop):
-        loop.start()
 
 
 @both
@@ -581,8 +549,9 @@ def test_a_time_limit_around_the_run_ends_it(loop, way):
     wait_until(lambda: not watchers())  # if it was just being started
 
 
+@pytest.mark.row("E16")
 @both
-def test_E16_a_posix_timer_of_somebody_else_reaches_its_handler(loop, way):
+def test_a_posix_timer_of_somebody_else_reaches_its_handler(loop, way):
     """That of timer_create(clock, NULL): its signal carries a number."""
     libc, timer, fired = ctypes.CDLL(None), ctypes.c_void_p(), []
 
@@ -622,13 +591,9 @@ def test_a_time_limit_in_a_callback_is_exact(watched, seconds):
         with alarm(seconds, lambda *_: strikes.append(time.monotonic() - start)):
             block(10 * SHORT)
 
-    watched.add_callback(callback)
-    turn(watched)
+    run_callback(watched, callback)
     assert [strike >= seconds for strike in strikes] == [True] * (seconds < 60)
-    before = len(watched.alarms)
-    watched.add_callback(block)
-    turn(watched)
-    assert len(watched.alarms) == before + 1
+    still_watches(watched)
 
 
 @pytest.mark.slow
@@ -643,8 +608,7 @@ def test_many_time_limits_are_exact(watched):
 
     for n in range(200):
         strikes.clear()
-        watched.add_callback(callback, n * 3 * SHORT / 200 + 0.0001)
-        turn(watched)
+        run_callback(watched, callback, n * 3 * SHORT / 200 + 0.0001)
         if len(strikes) != 1 or strikes[0] < n * 3 * SHORT / 200:
             wrong.append((n, *strikes))
     assert wrong == []
@@ -654,14 +618,13 @@ def test_a_time_limit_in_whole_seconds(watched):
     """The one of the report: far from over when the callback is done."""
 
     def callback():
-        old = signal.signal(ALRM, lambda *_: fail())
+        old = signal.signal(ALRM, mine)
         signal.alarm(FOREVER)
         block()
         assert FOREVER - 60 < signal.alarm(0) <= FOREVER
         signal.signal(ALRM, old)
 
-    watched.add_callback(callback)
-    turn(watched)
+    run_callback(watched, callback)
 
 
 def test_a_time_limit_that_raises_in_a_callback(watched, expect_log):
@@ -669,13 +632,9 @@ def test_a_time_limit_that_raises_in_a_callback(watched, expect_log):
         with alarm(5 * SHORT, lambda *_: fail(ZeroDivisionError)):
             block(30)
 
-    watched.add_callback(callback)
-    turn(watched)
+    run_callback(watched, callback)
     expect_log.take("callback", ZeroDivisionError)
-    before = len(watched.alarms)
-    watched.add_callback(block)
-    turn(watched)
-    assert len(watched.alarms) == before + 1
+    still_watches(watched)
 
 
 def test_what_still_blocks_after_a_time_limit_is_reported(loop):
@@ -683,13 +642,12 @@ def test_what_still_blocks_after_a_time_limit_is_reported(loop):
     alarms, during = watch(loop, "signal"), []
 
     def callback():
-        with alarm(60, lambda *_: fail()):
+        with alarm(60, mine):
             block()
             during.extend(alarms)
         block()
 
-    loop.add_callback(callback)
-    turn(loop)
+    run_callback(loop, callback)
     assert (during, alarms) == ([], ["block"])
 
 
@@ -702,8 +660,7 @@ def test_an_alarm_of_a_callback_is_the_programs_if_it_sets_no_handler(watched):
         block(10 * SHORT)
 
     with on_signal(ALRM, lambda *_: fired.append(1)):
-        watched.add_callback(callback)
-        turn(watched)
+        run_callback(watched, callback)
     assert fired == [1]
     assert len(watched.alarms) == 1
 
@@ -720,98 +677,70 @@ def test_faulthandler_dumps_at_its_own_signals_only(watched, tmp_path):
             faulthandler.unregister(ALRM)
 
     with open(tmp_path / "dump", "w") as file:
-        watched.add_callback(callback)
-        turn(watched)
+        run_callback(watched, callback)
     assert (tmp_path / "dump").read_text().count("most recent call first") == 1
-    before = len(watched.alarms)
-    watched.add_callback(block)
-    turn(watched)
-    assert len(watched.alarms) == before + 1
+    still_watches(watched)
 
 
 @both
-@pytest.mark.parametrize("handler", ["SIG_IGN", "SIG_DFL"])
-def test_a_callback_that_sets_no_handler_of_its_own_survives(poller, way, handler):
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL])
+def test_a_callback_that_sets_no_handler_of_its_own_survives(
+    make_loop, capfd, way, handler
+):
     """The watcher's signal would be lost, or kill; so it waits with it."""
-    done = poller.run(
-        f"""
-        import signal, time
-        alarms = []
-        def block():
-            end = time.monotonic() + 0.15
-            while time.monotonic() < end:
-                pass
-        def callback():
-            old = signal.signal(signal.SIGALRM, signal.{handler})
+
+    def callback():
+        with on_signal(ALRM, handler):
             block()
-            if "{way}" == "signal":
-                assert alarms == []
-            signal.signal(signal.SIGALRM, old)
-        with ioloop.IOLoop(impl=impl()) as loop:
-            loop.log_stack = lambda *args: alarms.append(args)
-            if "{way}" == "log":
-                loop.set_blocking_log_threshold(0.02)
-            else:
-                loop.set_blocking_signal_threshold(0.02, loop.log_stack)
-            loop.add_callback(callback)
-            loop.run_once(0)
+            assert way == "log" or alarms == []
+
+    with child() as inside:
+        if inside:
+            loop = make_loop()
+            alarms = watch(loop, way, names=())
+            run_callback(loop, callback)
             alarms.clear()
-            loop.add_callback(block)
-            loop.run_once(0)
+            run_callback(loop, block)
             assert alarms
-        """
-    )
-    assert done.stderr == ""
+    assert capfd.readouterr().err == ""
 
 
 @both
-def test_a_program_that_blocks_sigalrm_survives(poller, way):
+def test_a_program_that_blocks_sigalrm_survives(make_loop, way):
     """What is pending at the end of the run must not come after it."""
-    poller.run(
-        f"""
-        import signal, time
-        def block():
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
-            end = time.monotonic() + 0.15
-            while time.monotonic() < end:
-                pass
-        with ioloop.IOLoop(impl=impl()) as loop:
-            if "{way}" == "log":
-                loop.log_stack = print
-                loop.set_blocking_log_threshold(0.02)
-            else:
-                loop.set_blocking_signal_threshold(0.02, print)
-            loop.add_callback(block)
-            loop.run_once(0)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
-        """
-    )
+
+    def callback():
+        signal.pthread_sigmask(signal.SIG_BLOCK, [ALRM])
+        block()
+
+    with child() as inside:
+        if inside:
+            loop = make_loop()
+            watch(loop, way)
+            run_callback(loop, callback)
+            loop.close()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [ALRM])
 
 
-def test_no_signal_interrupts_c_code_before_the_loop_is_blocked(loop):
-    """nanosleep(2) is what signals interrupt, whatever siginterrupt(3) says."""
-    alarms, interrupted = watch(loop, "signal", 0.4), []
+@pytest.mark.parametrize(
+    ("way", "threshold", "seconds"), [("log", SHORT, 0.15), ("signal", 0.4, 0.2)]
+)
+def test_no_signal_interrupts_c_code(loop, way, threshold, seconds):
+    """At least not before the loop is blocked, and never under a log threshold.
 
-    def sleep():
-        half = (ctypes.c_long * 2)(0, 200_000_000)
-        interrupted.append(ctypes.CDLL(None).nanosleep(half, None))
-
-    loop.add_callback(sleep)
-    turn(loop)
-    assert interrupted == [-1 if alarms else 0]
-
-
-def test_no_signal_interrupts_c_code_under_a_log_threshold(loop):
-    alarms, interrupted = watch(loop, "log"), []
+    nanosleep(2) is what signals interrupt, whatever siginterrupt(3) says.
+    """
+    alarms, interrupted = watch(loop, way, threshold), []
 
     def sleep():
-        long = (ctypes.c_long * 2)(0, 150_000_000)
-        interrupted.append(ctypes.CDLL(None).nanosleep(long, None))
+        duration = (ctypes.c_long * 2)(0, int(seconds * 1e9))
+        interrupted.append(ctypes.CDLL(None).nanosleep(duration, None))
 
-    loop.add_callback(sleep)
-    turn(loop)
-    assert interrupted == [0]
-    assert alarms == ["sleep"]
+    run_callback(loop, sleep)
+    if way == "log":
+        assert (interrupted, alarms) == ([0], ["sleep"])
+    else:
+        assert interrupted == [-1 if alarms else 0]
 
 
 def test_a_log_threshold_makes_no_system_call_for_signals_and_timers(poller, shim):
@@ -838,6 +767,7 @@ def test_a_log_threshold_makes_no_system_call_for_signals_and_timers(poller, shi
 # -- No action ------------------------------------------------------------------
 
 
+@pytest.mark.row("E20")
 @pytest.mark.parametrize(
     "stuck",
     [
@@ -847,10 +777,14 @@ def test_a_log_threshold_makes_no_system_call_for_signals_and_timers(poller, shi
         pytest.param("os.read(os.pipe()[0], 1)", id="read"),
         pytest.param("threading.Semaphore(0).acquire()", id="lock"),
         pytest.param("signal.sigwait([signal.SIGUSR1])", id="wait"),
+        pytest.param("signal.signal(signal.SIGALRM, print)", id="handler"),
+        pytest.param("signal.signal(signal.SIGALRM, signal.SIG_IGN)", id="ignored"),
+        pytest.param("signal.pthread_sigmask(signal.SIG_BLOCK, [14])", id="blocked"),
     ],
 )
-def test_E20_no_action_kills_the_process(poller, stuck):
-    """By SIGALRM, also when it is stuck in C code that never looks at signals."""
+def test_no_action_kills_the_process(poller, stuck):
+    """By SIGALRM, also when it is stuck in C code that never looks at signals, and
+    whatever the program does with SIGALRM."""
     code = f"""
         import ctypes, itertools, os, resource, signal, threading, time
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -858,117 +792,67 @@ def test_E20_no_action_kills_the_process(poller, stuck):
         mutex = ctypes.create_string_buffer(64)
         with ioloop.IOLoop(impl=impl()) as loop:
             loop.set_blocking_signal_threshold(0.05, None)
-            loop.add_callback(lambda: ({stuck}))
+            loop.add_callback(lambda: ({stuck}, time.sleep(30)))
             loop.start()
         """
     done = poller.run(code, check=False)
-    assert done.returncode == -ALRM
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    "state",
-    [
-        pytest.param("signal.signal(signal.SIGALRM, print)", id="handler"),
-        pytest.param("signal.signal(signal.SIGALRM, signal.SIG_IGN)", id="ignored"),
-        pytest.param("signal.pthread_sigmask(signal.SIG_BLOCK, [14])", id="blocked"),
-    ],
-)
-def test_no_action_kills_whatever_the_program_does_with_sigalrm(poller, state):
-    done = poller.run(
-        f"""
-        import resource, signal, time
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        with ioloop.IOLoop(impl=impl()) as loop:
-            loop.set_blocking_signal_threshold(0.05, None)
-            loop.add_callback(lambda: ({state}, time.sleep(10)))
-            loop.run_once(0)
-        """,
-        check=False,
-    )
     assert (done.returncode, done.stdout, done.stderr) == (-ALRM, "", "")
 
 
-def test_no_action_does_not_kill_a_loop_that_does_not_block(poller):
-    poller.run(
-        """
-        import time
-        with ioloop.IOLoop(impl=impl()) as loop:
-            loop.set_blocking_signal_threshold(0.02, None)
+def test_no_action_does_not_kill_a_loop_that_does_not_block(make_loop):
+    with child() as inside:
+        if inside:
+            loop = make_loop()
+            loop.set_blocking_signal_threshold(SHORT, None)
             for _ in range(3):
                 loop.call_later(0.05, loop.stop)
                 loop.start()
-                end = time.monotonic() + 0.05
-                while time.monotonic() < end:
-                    pass
-        """
-    )
+                block(0.05)
 
 
+@pytest.mark.row("E19")
 @both
-def test_E19_a_child_process_is_not_killed(poller, way):
+def test_a_child_process_is_not_killed(loop, way):
     """The watcher survives neither fork nor exec."""
-    poller.run(
-        f"""
-        import os, signal, subprocess, sys, threading, time, warnings
-        warnings.simplefilter("ignore", DeprecationWarning)  # of fork() and threads
-        def spawn():
-            code = "import time; time.sleep(0.1)"
-            child = subprocess.Popen([sys.executable, "-c", code])
-            pid = os.fork()
-            if pid == 0:
-                end = time.monotonic() + 0.1
-                while time.monotonic() < end:
-                    pass
-                ours = signal.getsignal(signal.SIGALRM) is mine
-                os._exit(not ours or threading.active_count() != 1 or len(alarms))
-            children.append((child, pid))
-            loop.stop()
-        children, alarms = [], []
-        mine = lambda *_: None
-        signal.signal(signal.SIGALRM, mine)
-        with ioloop.IOLoop(impl=impl()) as loop:
-            loop.log_stack = lambda *args: os.getpid() != parent and alarms.append(1)
-            parent = os.getpid()
-            if "{way}" == "log":
-                loop.set_blocking_log_threshold(0.02)
-            else:
-                loop.set_blocking_signal_threshold(0.02, loop.log_stack)
-            loop.add_callback(spawn)
-            loop.start()
-        [(child, pid)] = children
-        assert child.wait() == 0
-        assert os.waitpid(pid, 0)[1] == 0
-        """
-    )
+    alarms = watch(loop, way)
+
+    def spawn():
+        sleep = "import time; time.sleep(0.1)"
+        children.append(subprocess.Popen([sys.executable, "-c", sleep]))
+        with child() as inside:
+            if inside:
+                alarms.clear()
+                block(0.1)
+                assert signal.getsignal(ALRM) is mine
+                assert threading.active_count() == 1
+                assert alarms == []
+
+    children = []
+    with on_signal(ALRM, mine):
+        run_callback(loop, spawn)
+    assert children[0].wait() == 0
 
 
-def test_in_a_child_of_two_watched_loops_sigalrm_is_the_programs(poller):
-    done = poller.run(
-        """
-        import os, signal, warnings
-        warnings.simplefilter("ignore", DeprecationWarning)  # of fork() and threads
-        def fork():
-            pid = os.fork()
-            if pid == 0:
-                os._exit(signal.getsignal(signal.SIGALRM) is not mine)
-            assert os.waitpid(pid, 0)[1] == 0
-        mine = lambda *_: None
-        signal.signal(signal.SIGALRM, mine)
-        with ioloop.IOLoop(impl=impl()) as outer, ioloop.IOLoop(impl=impl()) as inner:
-            for loop in (outer, inner):
-                loop.set_blocking_signal_threshold(60, print)
-            inner.add_callback(fork)
-            outer.run_sync(lambda: inner.run_once(0))
-        """
-    )
-    assert done.stderr == ""
+def test_in_a_child_of_two_watched_loops_sigalrm_is_the_programs(make_loop, capfd):
+    def fork():
+        with child() as inside:
+            if inside:
+                assert signal.getsignal(ALRM) is mine
+
+    outer, inner = make_loop(), make_loop()
+    for loop in (outer, inner):
+        loop.set_blocking_signal_threshold(60, print)
+    with on_signal(ALRM, mine):
+        inner.add_callback(fork)
+        outer.run_sync(lambda: turn(inner))
+    assert capfd.readouterr().err == ""
 
 
 # -- Logging ----------------------------------------------------------------------
 
 
-def test_E21_logging_while_the_logging_lock_is_held(loop, expect_log):
+@pytest.mark.row("E21")
+def test_logging_while_the_logging_lock_is_held(loop, expect_log):
     """By the callback that blocks: the watcher waits until it lets go."""
     loop.set_blocking_log_threshold(LONG)
 
@@ -980,8 +864,7 @@ def test_E21_logging_while_the_logging_lock_is_held(loop, expect_log):
         finally:
             handler.release()
 
-    loop.add_callback(hold)
-    turn(loop)
+    run_callback(loop, hold)
     expect_log.take("blocked")
 
 
@@ -1005,25 +888,23 @@ def test_logging_while_the_logging_lock_is_held_around_the_run(poller):
 # -- Several loops, and what it costs -----------------------------------------------
 
 
-def test_E22_two_loops_with_watchdogs(make_loop, poller):
+@pytest.mark.row("E22")
+def test_two_loops_with_watchdogs(make_loop):
     """The inner one's alarms are its own, and the outer one's are restored."""
-    outer, inner = make_loop(), make_loop(impl=poller.impl())
+    outer, inner = make_loop(), make_loop()
     alarms = []
     outer.set_blocking_signal_threshold(SHORT, lambda *_: alarms.append("outer"))
     inner.set_blocking_signal_threshold(SHORT, lambda *_: alarms.append("inner"))
-    inner.add_callback(block)
-    outer.add_callback(turn, inner)
-    turn(outer)
+    run_callback(outer, run_callback, inner, block)
     assert "inner" in alarms
     alarms.clear()
-    outer.add_callback(block)
-    turn(outer)
+    run_callback(outer, block)
     assert set(alarms) == {"outer"}
 
 
-def test_two_watched_loops_one_inside_the_other_by_log(make_loop, poller):
+def test_two_watched_loops_one_inside_the_other_by_log(make_loop):
     """For each a watcher of its own, which ends with the run."""
-    outer, inner = make_loop(), make_loop(impl=poller.impl())
+    outer, inner = make_loop(), make_loop()
     alarms, seen = watch(inner, "log"), []
     watch(outer, "log")
 
@@ -1033,8 +914,7 @@ def test_two_watched_loops_one_inside_the_other_by_log(make_loop, poller):
 
     inner.add_callback(lambda: seen.append(len(watchers())))
     inner.add_callback(block)
-    outer.add_callback(nested)
-    turn(outer)
+    run_callback(outer, nested)
     assert alarms == ["block"]
     assert (seen, watchers()) == ([2, 1], [])
 
@@ -1077,62 +957,16 @@ def test_a_watched_loop_that_is_idle_makes_no_system_call(loop, way):
         time.sleep(0.1)
         return total() == before
 
-    watch(loop, "log" if way == "thread" else way, 0.004)
+    watch(loop, way, 0.004)
     if way == "thread":
         with sleeping(loop):
             wait_until(rests)
     else:
-        thread = when_asleep(lambda: (wait_until(rests), loop.stop()))
-        loop.start()
-        thread.join()
+        with when_asleep(lambda: (wait_until(rests), loop.stop())):
+            loop.start()
 
 
-# -- The watchdog of a loop in another thread ----------------------------------
-
-
-def test_log_threshold_in_a_thread(loop, expect_log):
-    """The same log, by a thread that watches; gone when the loop is."""
-    before = set(threading.enumerate())
-    loop.set_blocking_log_threshold(LONG)
-    loop.add_callback(block, 3 * LONG)
-    in_thread(turn, loop)
-    expect_log.take(r"(?s)^IOLoop blocked for 0\.100000 seconds in\n.*\bblock\b")
-    assert set(threading.enumerate()) == before
-
-
-def test_log_threshold_in_a_thread_is_silent(loop):
-    loop.set_blocking_log_threshold(LONG)
-    loop.call_later(3 * LONG, loop.stop)
-    in_thread(loop.start)
-
-
-def test_log_threshold_in_a_thread_set_while_it_runs(loop, expect_log):
-    def on():
-        loop.set_blocking_log_threshold(LONG)
-        block(3 * LONG)
-        loop.set_blocking_log_threshold(None)
-        block(3 * LONG)
-
-    loop.add_callback(on)
-    in_thread(turn, loop)
-    expect_log.take("blocked")
-
-
-@pytest.mark.parametrize("error", [Exit, None])
-def test_the_watching_thread_ends_with_the_run(loop, error):
-    before = set(threading.enumerate())
-    loop.set_blocking_log_threshold(60)
-    loop.add_callback(fail, error) if error else loop.add_callback(loop.stop)
-    if error:
-        with pytest.raises(error):
-            in_thread(loop.start)
-    else:
-        in_thread(loop.start)
-    assert set(threading.enumerate()) == before
-
-
-def test_recorder_of_a_watched_loop(watched):
-    """I/O is as before."""
+def test_a_watched_loop_calls_its_handlers(watched):
     calls = Recorder()
     with readable() as (a, _):
         watched.add_handler(a, calls, READ)
@@ -1147,8 +981,7 @@ def test_an_embedded_loop_that_blocks_is_noticed(loop, way):
     loop.fileno()
     alarms = watch(loop, way)
     for n in range(1, 4):
-        loop.add_callback(block)
-        turn(loop)
+        run_callback(loop, block)
         assert alarms == ["block"] * n
 
 
@@ -1159,8 +992,7 @@ def test_fileno_in_a_callback_is_not_sleep(loop, way):
         block()
 
     alarms = watch(loop, way)
-    loop.add_callback(callback)
-    turn(loop)
+    run_callback(loop, callback)
     assert alarms == ["block"]
 
 
@@ -1173,11 +1005,9 @@ def test_an_alarm_that_was_handled_is_not_the_programs_any_more(loop):
             signal.raise_signal(ALRM)
 
     with on_signal(ALRM, lambda *_: fired.append("program")):
-        loop.add_callback(signal.raise_signal, ALRM)
-        turn(loop)
+        run_callback(loop, signal.raise_signal, ALRM)
         alarms = watch(loop, "signal")
-        loop.add_callback(limited)
-        turn(loop)
+        run_callback(loop, limited)
         loop.add_callback(limited)
         loop.add_callback(loop.add_callback, block)
         turn(loop, 2)
