@@ -1,6 +1,6 @@
-"""A chat: what one client types, a line at a time, all the others read.
+"""A chat server: each line that a client types is sent to all the others.
 
-The first line is the client's name. Who says nothing for a while has to leave.
+A client's first line is its name. A client that is idle for too long is disconnected.
 
 python examples/chat_server.py --port 8889, then: nc 127.0.0.1 8889
 """
@@ -14,13 +14,13 @@ import ioloop
 
 MAX_LINE = 4096
 
-# A client that does not read is cut off, beyond this: its lines can't wait for ever,
-# and those of the others must not wait for it.
+# A client that reads too slowly is disconnected when this much waits for it: the lines
+# can't be kept for ever, and the other clients must not be held up.
 MAX_UNSENT = 256 * 1024
 
 
 class Room:
-    """All who are in the chat, by name."""
+    """The guests in the chat, by name."""
 
     def __init__(self, loop, idle_seconds):
         self.loop = loop
@@ -51,7 +51,7 @@ class Room:
 
 
 class Guest:
-    """One client, nameless until its first line."""
+    """One client; it has no name until its first line."""
 
     def __init__(self, room, sock):
         self.room = room
@@ -66,7 +66,7 @@ class Guest:
         self.write("* your name?")
 
     def rest(self):
-        """Start the idle time anew."""
+        """Restart the idle timeout."""
         if self.timeout is not None:
             self.timeout.cancel()
         self.timeout = self.loop.call_later(
@@ -110,7 +110,7 @@ class Guest:
             self.loop.update_handler(self.sock, self.loop.READ | self.loop.WRITE)
         self.unsent += line.encode() + b"\n"
         if len(self.unsent) > MAX_UNSENT:
-            # Not now: that writes to the others, who may be as slow, and so on.
+            # Not now: close() writes to the others, which may have to be closed too.
             self.loop.add_callback(self.close, "did not read")
 
     def flush(self):

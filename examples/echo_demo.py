@@ -1,10 +1,10 @@
-"""Start the echo server, drive it, print what went over the wire and how fast.
+"""Start the echo server, drive it, and print what was sent and how fast.
 
-The client is plain sockets and knows nothing of ioloop:
+The client uses plain sockets, not ioloop:
 
-1. one connection says a line and hears it again;
-2. one connection sends small messages and awaits each echo;
-3. many connections at once send random bytes, and each compares every byte.
+1. one connection sends a line and receives it again;
+2. one connection sends small messages, waiting for each echo;
+3. many connections send random bytes at the same time and compare every byte.
 
 python examples/echo_demo.py --connections 1000
 """
@@ -26,7 +26,7 @@ RECV_SIZE = 65536
 
 @contextlib.contextmanager
 def running_server():
-    """Run the echo server on a free port; yields its address."""
+    """Run the echo server on a free port; yield its address."""
     command = [sys.executable, SERVER, "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
@@ -57,7 +57,7 @@ def say(address, text):
 
 
 def ping(address, messages, size=64):
-    """Send one small message after the other; the times from send to echo."""
+    """Send small messages one by one; return the time that each echo took."""
     times = []
     with socket.create_connection(address) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -72,7 +72,7 @@ def ping(address, messages, size=64):
 
 
 class Stream:
-    """A client that sends and receives at the same time, then ends its half."""
+    """A client that sends and receives at the same time, then shuts down sending."""
 
     def __init__(self, address, data):
         self.data = memoryview(data)
@@ -81,7 +81,7 @@ class Stream:
         self.sock.setblocking(False)
 
     def on_ready(self, events):
-        """True until the last byte came back, and the server's end of file."""
+        """Return False once all bytes and the end of file have come back, else True."""
         try:
             if events & selectors.EVENT_WRITE:
                 self.send()
@@ -111,13 +111,13 @@ class Stream:
 
 
 def stream(address, connections, size):
-    """Send `size` random bytes over each of many connections; the seconds it took."""
+    """Send `size` random bytes on each of many connections; return the seconds."""
     noise = random.randbytes(size + connections)
     start = time.perf_counter()
     with contextlib.ExitStack() as stack:
         selector = stack.enter_context(selectors.DefaultSelector())
         for number in range(connections):
-            # All differ, so that bytes of one connection can't pass for another's.
+            # Each sends other bytes, so that a mix-up of connections is noticed.
             client = Stream(address, noise[number : number + size])
             stack.enter_context(client.sock)
             selector.register(client.sock, client.wanted(), client)
@@ -141,7 +141,7 @@ def main():
     parser.add_argument("--messages", type=int, default=10_000)
     options = parser.parse_args()
 
-    # Enough descriptors, here and in the server, which inherits the limit.
+    # Allow enough descriptors here and in the server, which inherits the limit.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = max(soft, options.connections + 64)
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -1,4 +1,4 @@
-"""A TCP echo server: every byte goes back to the client that sent it.
+"""A TCP echo server: sends every byte back to the client that it came from.
 
 python examples/echo_server.py --port 8888
 """
@@ -10,16 +10,15 @@ import socket
 
 import ioloop
 
-# A bigger recv() costs more than it brings: beyond 128 KiB malloc maps and unmaps
-# memory for each one.
+# Larger is not faster: beyond 128 KiB, malloc maps and unmaps memory for each recv().
 RECV_SIZE = 65536
 
-# A client that sends but does not read is not read from either, beyond this.
+# Stop reading from a client while this much waits to be sent back to it.
 MAX_UNSENT = 256 * 1024
 
 
 class Connection:
-    """One client, until it has ended and got back all its bytes, or until an error."""
+    """One client, until it has received all its bytes again, or until an error."""
 
     def __init__(self, loop, sock):
         self.loop = loop
@@ -38,7 +37,7 @@ class Connection:
         except BlockingIOError:
             pass
         except OSError:
-            # Reset by the client, which nobody but this connection has to know.
+            # The client reset the connection, which is not worth a log message.
             self.close()
             return
         self.watch()
@@ -53,7 +52,7 @@ class Connection:
         del self.unsent[:sent]
 
     def watch(self):
-        """Ask for what can be done next; when that is nothing, the work is over."""
+        """Watch for whatever can be done next; close if there is nothing left to do."""
         events = self.loop.NONE
         if self.unsent:
             events |= self.loop.WRITE
@@ -71,14 +70,14 @@ class Connection:
 
 
 def listen(host, port, backlog=1024):
-    """A non-blocking socket that listens; port 0 leaves the choice to the kernel."""
+    """Return a non-blocking listening socket; port 0 lets the kernel choose one."""
     sock = socket.create_server((host, port), backlog=backlog)
     sock.setblocking(False)
     return sock
 
 
 def serve(loop, listener, connection=Connection):
-    """Make a `connection(loop, sock)` of every client that comes to `listener`."""
+    """Call `connection(loop, sock)` for every client that `listener` accepts."""
 
     def on_client(listener, events):
         while True:
@@ -91,8 +90,8 @@ def serve(loop, listener, connection=Connection):
             except OSError as error:
                 if error.errno not in (errno.EMFILE, errno.ENFILE):
                     raise
-                # Without a free descriptor the client stays in the queue and the
-                # listener stays ready: look away for a while.
+                # Without a free descriptor, the client stays in the queue and the
+                # listener stays ready: don't watch it for a while.
                 loop.update_handler(listener, loop.NONE)
                 loop.call_later(0.1, loop.update_handler, listener, loop.READ)
                 return

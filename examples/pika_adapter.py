@@ -1,9 +1,9 @@
-"""RabbitMQ by pika on an ioloop: messages go to a queue of the server and come back.
+"""RabbitMQ through pika on an ioloop: messages go to a queue and come back.
 
-pika asks of a loop what an IOLoop has, so there is nothing to adapt: pass the loop as
-`custom_ioloop`.  Two things to know: pika stops neither this loop nor starts it, so
-whoever waits for the end of a connection stops it in `on_close_callback`; and what a
-callback raises is given to `handle_callback_exception`, where pika's own loop ends.
+An IOLoop has all that pika needs of a loop, so there is nothing to adapt: pass it as
+`custom_ioloop`.  Two things to know.  pika neither starts nor stops this loop: to wait
+for the end of a connection, stop the loop in `on_close_callback`.  An exception in a
+callback goes to `handle_callback_exception`; pika's own loop would end.
 
 python examples/pika_adapter.py --url amqp://guest:guest@localhost/ --messages 5000
 """
@@ -15,7 +15,7 @@ import pika
 
 import ioloop
 
-# Messages in one go, so that the loop's other handlers have their turn.
+# Messages per callback, so that the loop's other handlers get their turn.
 BATCH = 100
 
 

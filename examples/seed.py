@@ -1,6 +1,6 @@
-"""The first program of ioloop's ancestor, in the Python of today.
+"""The example in the documentation of Tornado's IOLoop, in today's Python.
 
-It came with `from tornado import ioloop`; nothing else of ioloop's is new to it.
+In its use of the loop only the import has changed, from `from tornado import ioloop`.
 
 python examples/seed.py --port 8888
 """

@@ -1,8 +1,8 @@
-"""A process supervisor: runs commands, shows what they print, restarts them.
+"""A process supervisor: runs commands, shows their output, restarts them.
 
 python examples/supervisor.py 'ping -n localhost' 'tail -f /var/log/syslog'
 
-SIGINT or SIGTERM ends it: the commands get SIGTERM, and SIGKILL if that is not enough.
+SIGINT or SIGTERM stops it: the commands get SIGTERM, and later SIGKILL if necessary.
 """
 
 import argparse
@@ -21,7 +21,7 @@ FIRST_DELAY, LAST_DELAY = 0.5, 30.0
 
 
 class Output:
-    """One run's pipe, shown line by line; may outlive the process that was started."""
+    """The output of one run, shown line by line; its pipe may outlive the process."""
 
     def __init__(self, loop, name, pipe):
         self.loop = loop
@@ -32,11 +32,11 @@ class Output:
         loop.add_handler(pipe, self.on_ready, loop.READ)
 
     def on_ready(self, pipe, events):
-        # One read each time, so that no command keeps the others from being heard.
+        # One read each time, so that no command can monopolise the loop.
         self.read()
 
     def drain(self):
-        """Show what is left; after the end of a run nobody waits for the rest."""
+        """Show what can be read now, when the supervisor ends."""
         while not self.pipe.closed and self.read():
             pass
 
@@ -78,8 +78,8 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                # A group of its own: a signal reaches what the command started too,
-                # and Ctrl-C in the terminal reaches the supervisor only.
+                # A process group of its own: signals also reach what the command
+                # starts, and Ctrl-C in the terminal reaches only the supervisor.
                 start_new_session=True,
             )
         except OSError as error:
@@ -118,7 +118,7 @@ class Child:
 
 
 class Supervisor:
-    """Stops its loop when no command runs nor is due to run again."""
+    """Stops its loop when no command is running or due to run again."""
 
     def __init__(self, loop, commands, restart, grace):
         self.loop = loop
@@ -147,7 +147,7 @@ class Supervisor:
             self.loop.stop()
 
     def stop(self):
-        """Ask all to end, and make them end when their time is over."""
+        """Ask all commands to end, and kill them when their time is up."""
         if self.stopping:
             return
         self.stopping = True

@@ -1,10 +1,10 @@
 """A ZeroMQ socket (pyzmq) on an ioloop, and a demonstration that nothing stalls.
 
-A ZeroMQ socket has a file descriptor to watch, and this is the trap: it does not say
-that there is something to read, but that something has changed, and whatever is done
-with the socket takes that news away.  What is true is in EVENTS.  So after a wake-up
-receive and send what can be, and then look at EVENTS, until there is nothing left to
-do; what changes from then on makes the descriptor readable again.
+A ZeroMQ socket has a file descriptor to watch, and here is the trap: it becomes
+readable not because there is a message to receive, but because something has changed,
+and any use of the socket resets it.  The true state is in EVENTS.  So after a wake-up,
+receive and send what you can and then look at EVENTS, until there is nothing left to
+do.  The next change makes the descriptor readable again.
 
 python examples/zmq_adapter.py --messages 100000 --transport inproc
 """
@@ -17,14 +17,14 @@ import zmq
 
 import ioloop
 
-# Messages in one go, so that the loop's other handlers have their turn.
+# Messages per callback, so that the loop's other handlers get their turn.
 BATCH = 100
 
 
 class Stream:
-    """Sends what it is given, calls `on_message(parts)` for what arrives.
+    """Sends messages, and calls `on_message(parts)` for each that arrives.
 
-    The loop's thread only, as the socket itself.
+    For the loop's thread only, like the socket itself.
     """
 
     def __init__(self, loop, socket, on_message=None):
@@ -35,7 +35,7 @@ class Stream:
         self.scheduled = False
         self.fd = socket.FD
         loop.add_handler(self.fd, self._on_news, loop.READ)
-        # The news from before may be gone.
+        # The descriptor may have been reset already, so look at EVENTS once.
         self._go_on_later()
 
     def send(self, *parts):
@@ -44,7 +44,7 @@ class Stream:
         self._go_on_later()
 
     def close(self):
-        """Stop watching, then close; drops what ZeroMQ has not taken yet."""
+        """Stop watching, then close; drop messages that ZeroMQ has not accepted yet."""
         if not self.socket.closed:
             self.loop.remove_handler(self.fd)
             self.socket.close()
@@ -63,7 +63,7 @@ class Stream:
             self._receive()
             self._send()
         finally:
-            # Not before: what was done may have taken the news away.
+            # After all other use of the socket, since that resets the descriptor.
             if self._is_ready():
                 self._go_on_later()
 
@@ -90,7 +90,7 @@ class Stream:
             self.unsent.popleft()
 
     def _is_ready(self):
-        """Tell whether there is something to do, and let it be told if not."""
+        """Return whether there is something to do; else the descriptor will tell."""
         if self.socket.closed:
             return False
         events = self.socket.EVENTS
@@ -100,7 +100,7 @@ class Stream:
 
 
 class Counter:
-    """A receiver that checks the order of numbered messages."""
+    """Checks that numbered messages arrive in order."""
 
     def __init__(self, expected, on_last):
         self.expected = expected
@@ -116,7 +116,7 @@ class Counter:
 
 
 def connected(context, transport):
-    """A PUSH socket and the PULL socket that hears it."""
+    """Return a PUSH socket and the PULL socket that is connected to it."""
     push, pull = context.socket(zmq.PUSH), context.socket(zmq.PULL)
     if transport == "tcp":
         port = pull.bind_to_random_port("tcp://127.0.0.1")

@@ -29,13 +29,13 @@ __version__: Final[str]
 class _HasFileno(Protocol):
     def fileno(self) -> int: ...
 
-# A future: asyncio's, concurrent.futures', or any object with these two methods.
+# A future: of asyncio, of concurrent.futures, or any object with these two methods.
 @type_check_only
 class _FutureLike(Protocol[_T_co]):
     def add_done_callback(self, fn: Callable[[Any], object], /) -> object: ...
     def result(self) -> _T_co: ...
 
-# What IOLoop(impl=...) takes besides the module's own pollers: select.epoll(), say.
+# A poller for IOLoop(impl=...) other than the module's own, such as select.epoll().
 @type_check_only
 class _PollerLike(Protocol):
     def register(self, fd: int, eventmask: int, /) -> object: ...
@@ -219,7 +219,7 @@ class PeriodicCallback:
     @property
     def io_loop(self) -> IOLoop: ...
 
-# What add_timeout(), call_later() and call_at() return; no other way leads to one.
+# What add_timeout(), call_later() and call_at() return.  It can't be made directly.
 @final
 class _Timeout:
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
@@ -229,8 +229,8 @@ class _Timeout:
     def callback(self) -> Callable[..., object] | None: ...
     def cancel(self) -> None: ...
 
-# The pollers, for IOLoop(impl=...). All exist everywhere, and those that the platform
-# does not have raise OSError.
+# The module's own pollers, for IOLoop(impl=...).  All three exist on every platform;
+# making one that the kernel does not have raises OSError.
 @disjoint_base
 class _Poller:
     def register(self, fd: int, events: int) -> None: ...

@@ -1,5 +1,5 @@
 # cython: language_level=3
-"""An echo server on ioloop's C-level door: no Python object for a message."""
+"""An echo server on ioloop's C API: no Python object for a message."""
 
 cimport ioloop
 from cpython.exc cimport PyErr_SetFromErrno
