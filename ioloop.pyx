@@ -886,8 +886,7 @@ cdef inline int64_t nanoseconds(double seconds, bint up) except? -1:
     return <int64_t>whole * SECOND + <int64_t>(ceil(rest) if up else floor(rest))
 
 
-cdef inline int64_t add_times(int64_t base, int64_t delay) noexcept nogil:
-    # Saturating.
+cdef inline int64_t add_times(int64_t base, int64_t delay) noexcept nogil:  # saturates
     if delay > 0:
         return min(base, INT64_MAX - delay) + delay
     return max(base, INT64_MIN - delay) + delay
@@ -963,23 +962,24 @@ cdef extern from *:
     #  define IOLOOP_LIMITED_API 1
     #  define ioloop_copy_context() (Py_INCREF(Py_None), Py_None)
     #  define ioloop_context_size(context) PyObject_Size(context)
+    static PyObject *ioloop_run(PyObject *context) {
+        static PyObject *run = NULL;  /* the type's, found once */
+        return run ? run : (run = PyObject_GetAttrString(
+            (PyObject *)Py_TYPE(context), "run"));
+    }
     #  define ioloop_call0(context, function) \
-        PyObject_CallMethod(context, "run", "(O)", function)
+        PyObject_CallFunctionObjArgs(ioloop_run(context), context, function, NULL)
     #  define ioloop_call2(context, function, a, b) \
-        PyObject_CallMethod(context, "run", "(OOO)", function, a, b)
+        PyObject_CallFunctionObjArgs(ioloop_run(context), context, function, a, b, NULL)
     static PyObject *ioloop_call(PyObject *context, PyObject *function,
                                  PyObject *args, PyObject *kwargs) {
-        PyObject *all = PyTuple_New(PyTuple_Size(args) + 1), *item;
-        PyObject *run = PyObject_GetAttrString(context, "run"), *result = NULL;
-        for (Py_ssize_t i = 0; all && i < PyTuple_Size(all); i++) {
-            item = i ? PyTuple_GetItem(args, i - 1) : function;
-            Py_INCREF(item);
-            PyTuple_SetItem(all, i, item);
-        }
-        if (all && run)
-            result = PyObject_Call(run, all, kwargs == Py_None ? NULL : kwargs);
-        Py_XDECREF(run);
+        PyObject *own = PyTuple_Pack(2, context, function), *result = NULL;
+        PyObject *all = own ? PySequence_Concat(own, args) : NULL;
+        kwargs = kwargs == Py_None ? NULL : kwargs;
+        if (all)
+            result = PyObject_Call(ioloop_run(context), all, kwargs);
         Py_XDECREF(all);
+        Py_XDECREF(own);
         return result;
     }
     #else
