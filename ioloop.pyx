@@ -647,7 +647,7 @@ cdef class IOLoop(_Referable):
             del _process["loop"]
         if getattr(_threads, "loop", None) is self:
             _threads.loop = None
-        _inbox_close(queue.inbox)
+        _inbox_close(&queue.inbox)
         self.table.size = self.table.count = 0
         self.table.handlers.clear()
         timers.closed = True
@@ -1074,7 +1074,7 @@ cdef int _run_iteration(IOLoop loop, int64_t limit) except -1:
 cdef int _run_callbacks(IOLoop loop) except -1:
     """Step 1: the callbacks that were queued when the iteration began."""
     cdef _Queue queue = loop.queue
-    cdef _Inbox *inbox = queue.inbox
+    cdef _Inbox *inbox = &queue.inbox
     cdef uint64_t last_post = load64(&inbox.tail), last = queue.tail, next_call
     cdef _Post post
     while True:
@@ -1260,12 +1260,12 @@ cdef int _run_handler(IOLoop loop, _Handler handler, uint32_t events) except -1:
 cdef int _run_call(IOLoop loop, object called) except -1:
     """Run a callback or timeout of Python's in its context."""
     cdef object callback = called, context = None
-    cdef PyObject *entered
+    cdef PyObject *entered = <PyObject *>loop.empty_context
     cdef PyObject *result
     if type(called) is _Call:
         callback, context = (<_Call>called).callback, (<_Call>called).context
-    entered = <PyObject *>(loop.empty_context if context is None else context)
-    if type(called) is _Call:
+        if context is not None:
+            entered = <PyObject *>context
         result = call(entered, <PyObject *>callback, <PyObject *>(<_Call>called).args,
                       <PyObject *>(<_Call>called).kwargs)
     else:
@@ -1481,24 +1481,22 @@ cdef enum:
 cdef class _Queue:
     cdef list ring
     cdef uint64_t head, tail, mask      # callbacks taken, added; the capacity - 1
-    cdef _Inbox box
-    cdef _Inbox *inbox                  # that one
+    cdef _Inbox inbox
 
     def __cinit__(self):
-        self.ring = [None] * SMALL_RING
-        self.mask = SMALL_RING - 1
-        self.inbox = &self.box
+        # First what __dealloc__ undoes, and what can't fail.
         self.inbox.reader = self.inbox.writer = -1
         pthread_mutex_init(&self.inbox.lock, NULL)
-        _fork_list(self.inbox, True)
-        _waker_open(self.inbox)
+        _fork_list(&self.inbox, True)
+        self.ring = [None] * SMALL_RING
+        self.mask = SMALL_RING - 1
+        _waker_open(&self.inbox)
 
     def __dealloc__(self):
-        if self.inbox != NULL:
-            _inbox_close(self.inbox)
-            _fork_list(self.inbox, False)
-            pthread_mutex_destroy(&self.inbox.lock)
-            free(self.inbox.posts)
+        _inbox_close(&self.inbox)
+        _fork_list(&self.inbox, False)
+        pthread_mutex_destroy(&self.inbox.lock)
+        free(self.inbox.posts)
 
     cdef inline int push(self, object called) except -1:
         """Queue a call; wake the loop if it sleeps."""
@@ -1659,7 +1657,7 @@ cdef int _waker_signal(_Inbox *inbox) noexcept nogil:
 
 
 cdef int _waker_wake(_Queue queue) except -1:
-    cdef int error = _waker_signal(queue.inbox)
+    cdef int error = _waker_signal(&queue.inbox)
     if error:
         raise OSError(error, "the sleeping loop can't be woken: " + os.strerror(error))
 
@@ -1669,7 +1667,7 @@ cdef int _waker_go_idle(IOLoop loop) noexcept:
     store(&loop.queue.inbox.asleep, loop.embedded)
     fence()
     if loop.embedded and (loop.queue.count_pending() or loop.poller.undelivered):
-        _waker_signal(loop.queue.inbox)
+        _waker_signal(&loop.queue.inbox)
 
 
 cdef int _waker_drain(object loop, int fd, uint32_t events, void *arg) except -1:
@@ -1838,8 +1836,7 @@ cdef class _Timers:
 
     cdef int arm(self, _Timeout timeout, int64_t deadline, object called) except -1:
         """Insert an inactive timeout, or defer it if it must not run in this pass."""
-        while self.free == 0:
-            self.resize(2 * self.capacity + 64)
+        self.reserve()
         # From here on nothing can run that would use up the free key.
         self.free -= 1
         timeout.key = self.free_keys[self.free]
@@ -1898,6 +1895,10 @@ cdef class _Timers:
         self.free_keys[self.free] = key
         self.free += 1
         return list_take(self.calls, key)
+
+    cdef inline int reserve(self) except -1:
+        while self.free == 0:
+            self.resize(2 * self.capacity + 64)
 
     cdef int resize(self, Py_ssize_t capacity) except -1:
         """Move to arrays of another capacity, if the timeouts fit."""
@@ -3478,7 +3479,7 @@ def _fork_in_child():
         loop.watchdog = None
         store(&loop.queue.inbox.asleep, 0)
         loop.table.forget(loop.queue.inbox.reader)
-        _waker_close(loop.queue.inbox)
+        _waker_close(&loop.queue.inbox)
         loop.poller.abandon()
     if outer:
         fd = _signal.set_wakeup_fd(-1)
@@ -3492,7 +3493,7 @@ os.register_at_fork(after_in_child=_fork_in_child)
 
 cdef int _fork_reinit(IOLoop loop) except -1:
     """Replace what a child shared with its parent."""
-    cdef _Inbox *inbox = loop.queue.inbox
+    cdef _Inbox *inbox = &loop.queue.inbox
     cdef int fd
     if loop.poller.foreign:
         (<_Foreign>loop.poller).reinit()
@@ -3577,8 +3578,7 @@ cdef int c_start_timer(object timer, int64_t delay) except -1:
         raise RuntimeError("IOLoop is closed")
     timers.check_thread()
     deadline = add_times(timers.now(), delay)
-    while timers.free == 0:  # here, since it may run what starts or stops the timer
-        timers.resize(2 * timers.capacity + 64)
+    timers.reserve()  # here, since it may run what starts or stops the timer
     if timers.closed:
         raise RuntimeError("IOLoop is closed")
     if self.timeout.timers != NULL and not timers.passing:
@@ -3600,7 +3600,7 @@ cdef int c_stop_timer(object timer) except -1:
 cdef int c_add_callback(object loop, ioloop_callback_v1 function, void *arg) except -1:
     cdef int error
     _loop_check_open(<IOLoop?>loop)
-    error = c_post((<IOLoop>loop).queue.inbox, function, arg)
+    error = c_post(&(<IOLoop>loop).queue.inbox, function, arg)
     if error:
         raise (ValueError("the function is NULL") if error == EINVAL
                else OSError(error, os.strerror(error)))
@@ -3608,7 +3608,7 @@ cdef int c_add_callback(object loop, ioloop_callback_v1 function, void *arg) exc
 
 cdef ioloop_door_v1 *c_door(object loop) except NULL:
     _loop_check_open(<IOLoop?>loop)
-    return (<IOLoop>loop).queue.inbox
+    return &(<IOLoop>loop).queue.inbox
 
 
 cdef int c_post(ioloop_door_v1 *door, ioloop_callback_v1 function,

@@ -273,21 +273,11 @@ LOOP_THREAD_ONLY = {
 
 # ... and of a closed loop, or in a forked child.
 OPEN_LOOP_ONLY = {
+    **LOOP_THREAD_ONLY,
     "add_callback": (int,),
     "add_callback_from_signal": (int,),
     "spawn_callback": (int,),
-    "add_handler": (0, int, READ),
-    "update_handler": (0, READ),
-    "remove_handler": (0,),
-    "add_timeout": (0, int),
-    "call_later": (0, int),
-    "call_at": (0, int),
-    "remove_timeout": (None,),
-    "start": (),
     "stop": (),
-    "run_once": (0,),
-    "run_sync": (int,),
-    "next_timeout": (),
     "fileno": (),
     "stats": (),
     "install": (),
@@ -295,3 +285,4 @@ OPEN_LOOP_ONLY = {
     "set_blocking_signal_threshold": (None, None),
     "set_blocking_log_threshold": (None,),
 }
+del OPEN_LOOP_ONLY["close"]  # which may be called twice
