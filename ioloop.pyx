@@ -143,16 +143,21 @@ cdef extern from *:
     #if defined(__linux__)
     #  include <sys/epoll.h>
     #  define IOLOOP_HAVE_EPOLL 1
-    #  if !defined(__GLIBC__) || !__GLIBC_PREREQ(2, 35)
+    #  ifdef __GLIBC_PREREQ  /* other C libraries do not have it */
+    #    if __GLIBC_PREREQ(2, 35)
+    #      define ioloop_epoll_wait_ns(ep, events, n, timeout) \
+              epoll_pwait2(ep, events, n, timeout, NULL)
+    #    endif
+    #  endif
+    #  ifndef ioloop_epoll_wait_ns
     #    include <sys/syscall.h>
     #    ifndef SYS_epoll_pwait2
     #      define SYS_epoll_pwait2 441
     #    endif
+    /* The kernel's timespec has 64 bits each, also where that of C has not. */
     #    define ioloop_epoll_wait_ns(ep, events, n, timeout) \
-            (int)syscall(SYS_epoll_pwait2, ep, events, n, timeout, NULL, 8)
-    #  else
-    #    define ioloop_epoll_wait_ns(ep, events, n, timeout) \
-            epoll_pwait2(ep, events, n, timeout, NULL)
+            (int)syscall(SYS_epoll_pwait2, ep, events, n, \
+                         (int64_t[]){(timeout)->tv_sec, (timeout)->tv_nsec}, NULL, 8)
     #  endif
     #else
     #  define IOLOOP_HAVE_EPOLL 0
