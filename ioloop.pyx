@@ -212,6 +212,17 @@ cdef extern from *:
     #else
     #  define IOLOOP_CLOCK_COARSE CLOCK_MONOTONIC
     #endif
+
+    /* The x87 computes with more bits than a double has: a millisecond would become
+       1,000,001 nanoseconds. */
+    #if __FLT_EVAL_METHOD__ == 2
+    static inline double ioloop_as_double(double x) {
+        volatile double rounded = x;
+        return rounded;
+    }
+    #else
+    #  define ioloop_as_double(x) (x)
+    #endif
     """
     const bint HAVE_EPOLL "IOLOOP_HAVE_EPOLL"
     const bint HAVE_KQUEUE "IOLOOP_HAVE_KQUEUE"
@@ -242,6 +253,7 @@ cdef extern from *:
 
     int open_pipe "ioloop_pipe"(int *fds) nogil
     enum: CLOCK_COARSE "IOLOOP_CLOCK_COARSE"
+    double as_double "ioloop_as_double"(double x) nogil
 
 
 # -- IOLoop --------------------------------------------------------------------
@@ -881,7 +893,7 @@ cdef inline int64_t read_clock(int clock=CLOCK_MONOTONIC) noexcept nogil:
 cdef inline int64_t nanoseconds(double seconds, bint up) except? -1:
     """Exact to the nanosecond, also for UNIX times, and saturating."""
     cdef double whole = floor(seconds)
-    cdef double rest = (seconds - whole) * 1e9
+    cdef double rest = as_double((seconds - whole) * 1e9)
     if isnan(seconds):
         raise ValueError("a time can't be NaN")
     if whole >= 9.2e9:
