@@ -223,6 +223,10 @@ cdef extern from *:
     #else
     #  define ioloop_as_double(x) (x)
     #endif
+
+    /* A number that is read and written at once.  i386 would align it to 4 bytes, and
+       it could be in two cache lines. */
+    typedef uint64_t ioloop_atomic64 __attribute__((aligned(8)));
     """
     const bint HAVE_EPOLL "IOLOOP_HAVE_EPOLL"
     const bint HAVE_KQUEUE "IOLOOP_HAVE_KQUEUE"
@@ -254,6 +258,7 @@ cdef extern from *:
     int open_pipe "ioloop_pipe"(int *fds) nogil
     enum: CLOCK_COARSE "IOLOOP_CLOCK_COARSE"
     double as_double "ioloop_as_double"(double x) nogil
+    ctypedef uint64_t atomic64 "ioloop_atomic64"
 
 
 # -- IOLoop --------------------------------------------------------------------
@@ -312,7 +317,8 @@ cdef class IOLoop(_Referable):
     cdef int since_offer        # polls and events since the GIL was offered
     cdef bint eager             # the last poll found events at once
     cdef int64_t rebuilt        # when the poller's set was rebuilt
-    cdef uint64_t iterations, polls, events
+    cdef atomic64 iterations, polls
+    cdef uint64_t events
     cdef int64_t slept, woken, longest_busy
 
     NONE = IOLOOP_NONE
@@ -1452,9 +1458,9 @@ cdef extern from *:
     }
     """
     int load "ioloop_load"(int *p) nogil
-    uint64_t load64 "ioloop_load"(uint64_t *p) nogil
+    uint64_t load64 "ioloop_load"(atomic64 *p) nogil
     void store "ioloop_store"(int *p, int value) nogil
-    void store64 "ioloop_store"(uint64_t *p, uint64_t value) nogil
+    void store64 "ioloop_store"(atomic64 *p, uint64_t value) nogil
     int swap "ioloop_swap"(int *p, int value) nogil
     void fence "ioloop_fence"() nogil
 
@@ -1482,8 +1488,9 @@ cdef struct _Inbox:
     pthread_mutex_t lock    # of posts, writer and closed; a fork takes it, too
     _Inbox *next            # in the list of them
     _Post *posts            # a ring
-    uint64_t head, tail, capacity
-    uint64_t calls          # Python's callbacks so far
+    atomic64 head, tail
+    uint64_t capacity
+    atomic64 calls          # Python's callbacks so far
     int reader, writer      # the waker's pipe
     int asleep              # the loop sleeps or is about to,
     int signalled           # and the pipe has a byte that will wake it
