@@ -1067,7 +1067,7 @@ cdef enum:
 
     BATCHES_PER_CHECK = 64  # one fd in so many batches is checked
     SLACK = 50000           # nanoseconds, unless prctl() has set another
-    LONGEST_SLEEP = 86400   # seconds; some kernels refuse years
+    LONGEST_SLEEP = 86400   # seconds; some kernels refuse years, some types overflow
 
     # A poll that found events at once is followed by one that doesn't wait, which
     # keeps the GIL and reads no clock: 30 % less time for one busy socket.
@@ -2580,8 +2580,8 @@ cdef _Slot *_handler_slot(IOLoop loop, _Handler handler) noexcept:
 #   has_lost  return whether an fd that was added is another open file now, or
 #             closed; false if the kernel does not tell; never fails
 #   wait      fill `ready` with events, each with the generation of its fd, and
-#             return how many; ns is 0 (it keeps the GIL), a time or FOREVER; a
-#             signal means 0 events and `interrupted`
+#             return how many; ns is 0 (it keeps the GIL), a time up to LONGEST_SLEEP
+#             or FOREVER; a signal means 0 events and `interrupted`
 #   close     free the set; the second time does nothing
 #
 # Of its fields, a poller sets `set_fd`, `oneshot`, `witness` and `interrupted`.  A new
@@ -2636,13 +2636,13 @@ cdef class _Poller(_Referable):
     def poll(self, timeout=-1):
         """Return a list of (fd, events), after `timeout` seconds at the latest.
 
-        A negative timeout waits for ever.
+        Or after a day.  A negative timeout waits for ever.
         """
         cdef int64_t ns = FOREVER
         cdef list events = []
         cdef int i, n
         if timeout is not None and timeout >= 0:
-            ns = nanoseconds(timeout, True)
+            ns = min(nanoseconds(timeout, True), LONGEST_SLEEP * <int64_t>SECOND)
         n = self.wait(ns)
         PyErr_CheckSignals()
         for i in range(n):
@@ -2854,7 +2854,6 @@ cdef int _epoll_sleep(_EPoll poller, int64_t ns) noexcept nogil:
         if count >= 0 or (errno != ENOSYS and errno != EPERM):
             return count
         poller.coarse = True
-    ns = min(ns, 1000000 * <int64_t>(INT_MAX - 1))
     return epoll_wait(poller.set_fd, poller.buffer, capacity,
                       <int>((ns + 999999) // 1000000))
 
