@@ -2212,7 +2212,7 @@ cdef object _future_of(IOLoop loop, object result):
     if class_has(result, "__await__"):
         return _Task(loop, result.__await__())
     # 0x100: inspect's flag for what types.coroutine() made
-    if type(result) is _generator and result.gi_code.co_flags & 0x100:
+    if type(result) is _generator and <int>result.gi_code.co_flags & 0x100:
         return _Task(loop, result)
     return None
 
