@@ -162,6 +162,18 @@ SYSCALLS = {
         "timer_create": 222,
         "write": 1,
     },
+    "i686": {
+        "dup": 41,
+        "epoll_create1": 329,
+        "epoll_ctl": 255,
+        "epoll_pwait2": 441,
+        "epoll_wait": 256,
+        "eventfd2": 328,
+        "fcntl": 221,
+        "pipe2": 331,
+        "timer_create": 259,
+        "write": 4,
+    },
     "aarch64": {
         "dup": 23,
         "epoll_create1": 20,

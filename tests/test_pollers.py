@@ -1664,8 +1664,9 @@ NO_ROOM = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stddef.h>
+#include <sys/epoll.h>
 
-size_t refused;
+size_t refused, event = sizeof(struct epoll_event);
 
 void *realloc(void *p, size_t n) {
     static void *(*real)(void *, size_t);
@@ -1682,14 +1683,15 @@ def test_no_memory_for_a_larger_batch(tmp_path):
     source.write_text(NO_ROOM)
     run_python(
         """
-        import ctypes, os, platform
+        import ctypes, os
         refused = ctypes.c_size_t.in_dll(ctypes.CDLL(None), "refused")
+        event = ctypes.c_size_t.in_dll(ctypes.CDLL(None), "event")
         calls = []
         with ioloop.IOLoop(ioloop._EPoll()) as loop:
             fds = [os.eventfd(1) for _ in range(300)]
             for fd in fds:
                 loop.add_handler(fd, lambda fd, _: calls.append(fd), 1 | 1 << 30)
-            refused.value = 2 * 256 * (12 if platform.machine() == "x86_64" else 16)
+            refused.value = 2 * 256 * event.value
             for _ in range(3):
                 loop.run_once(0)
         assert sorted(calls) == fds
