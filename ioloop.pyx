@@ -143,22 +143,15 @@ cdef extern from *:
     #if defined(__linux__)
     #  include <sys/epoll.h>
     #  define IOLOOP_HAVE_EPOLL 1
-    #  ifdef __GLIBC_PREREQ  /* other C libraries do not have it */
-    #    if __GLIBC_PREREQ(2, 35)
-    #      define ioloop_epoll_wait_ns(ep, events, n, timeout) \
-              epoll_pwait2(ep, events, n, timeout, NULL)
-    #    endif
+    /* epoll_pwait2, which glibc has from 2.35 on and musl does not.  The kernel's
+       timespec is two numbers of 64 bits on every platform. */
+    #  include <sys/syscall.h>
+    #  ifndef SYS_epoll_pwait2
+    #    define SYS_epoll_pwait2 441
     #  endif
-    #  ifndef ioloop_epoll_wait_ns
-    #    include <sys/syscall.h>
-    #    ifndef SYS_epoll_pwait2
-    #      define SYS_epoll_pwait2 441
-    #    endif
-    /* The kernel's timespec has 64 bits each, also where that of C has not. */
-    #    define ioloop_epoll_wait_ns(ep, events, n, timeout) \
-            (int)syscall(SYS_epoll_pwait2, ep, events, n, \
-                         (int64_t[]){(timeout)->tv_sec, (timeout)->tv_nsec}, NULL, 8)
-    #  endif
+    #  define ioloop_epoll_wait_ns(ep, events, n, timeout) \
+        (int)syscall(SYS_epoll_pwait2, ep, events, n, \
+                     (int64_t[]){(timeout)->tv_sec, (timeout)->tv_nsec}, NULL, 8)
     #else
     #  define IOLOOP_HAVE_EPOLL 0
     typedef union { void *ptr; int fd; uint32_t u32; uint64_t u64; } epoll_data_t;

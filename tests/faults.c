@@ -9,12 +9,14 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <poll.h>
 #include <sys/epoll.h>
 #include <sys/select.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -74,10 +76,16 @@ int epoll_wait(int ep, struct epoll_event *events, int n, int ms) {
     return STRIKES(EPOLL_WAIT) ? -1 : real(ep, events, n, ms);
 }
 
-int epoll_pwait2(int ep, struct epoll_event *events, int n,
-                 const struct timespec *timeout, const sigset_t *mask) {
-    REAL(epoll_pwait2);
-    return STRIKES(EPOLL_PWAIT2) ? -1 : real(ep, events, n, timeout, mask);
+long syscall(long number, ...) {
+    REAL(syscall);
+    long a[6];
+    va_list arguments;
+    va_start(arguments, number);
+    for (int i = 0; i < 6; i++)
+        a[i] = va_arg(arguments, long);
+    va_end(arguments);
+    return number == SYS_epoll_pwait2 && STRIKES(EPOLL_PWAIT2) ? -1
+        : real(number, a[0], a[1], a[2], a[3], a[4], a[5]);
 }
 
 int poll(struct pollfd *files, nfds_t n, int ms) {

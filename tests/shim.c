@@ -4,9 +4,11 @@
 #include <dlfcn.h>
 #include <poll.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <sys/epoll.h>
 #include <sys/select.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
@@ -28,6 +30,14 @@ static void wait_is_next(int lasts) {
 }
 static int lasts(const struct timespec *t) { return !t || t->tv_sec || t->tv_nsec; }
 
+/* A system call has at most six; those that were not passed are passed on as well. */
+#define TAKE_ARGUMENTS(last, array) \
+    long array[6]; \
+    va_list list; \
+    va_start(list, last); \
+    for (int i = 0; i < 6; i++) \
+        array[i] = va_arg(list, long); \
+    va_end(list)
 #define CALL(type, name, declared, given, before) type name declared { \
     static __typeof__(name) *real; \
     if (!real) \
@@ -39,8 +49,8 @@ static int lasts(const struct timespec *t) { return !t || t->tv_sec || t->tv_nse
 
 CALL(int, epoll_wait, (int ep, struct epoll_event *e, int n, int ms), (ep, e, n, ms),
      wait_is_next(ms))
-CALL(int, epoll_pwait2, (int ep, struct epoll_event *e, int n, const struct timespec *t,
-     const sigset_t *m), (ep, e, n, t, m), wait_is_next(lasts(t)))
+CALL(long, syscall, (long number, ...), (number, a[0], a[1], a[2], a[3], a[4], a[5]),
+     TAKE_ARGUMENTS(number, a); wait_is_next(number == SYS_epoll_pwait2))
 CALL(int, pselect, (int n, fd_set *r, fd_set *w, fd_set *x, const struct timespec *t,
      const sigset_t *m), (n, r, w, x, t, m), wait_is_next(lasts(t)))
 CALL(int, poll, (struct pollfd *p, nfds_t n, int ms), (p, n, ms), wait_is_next(ms))

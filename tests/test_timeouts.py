@@ -218,8 +218,7 @@ MILLISECONDS = r"""
 
 int last_timeout;
 
-int epoll_pwait2(int ep, struct epoll_event *e, int n, const struct timespec *t,
-                 const sigset_t *m) {
+long syscall(long number, ...) {
     errno = ENOSYS;
     return -1;
 }
