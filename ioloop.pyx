@@ -122,6 +122,20 @@ if (__name__ != "ioloop" and type(sys.modules.get("ioloop")) is type(sys)
         and vars(sys.modules["ioloop"]) is globals()):
     del sys.modules["ioloop"]
 
+# Cython leaves a module to the interpreter that imports it first, and refuses all
+# others.  It asks for the ID before anything else: that of the main one is 0.
+cdef extern from *:
+    """
+    static int64_t ioloop_refuse_subinterpreter(int64_t id) {
+        if (id > 0)
+            PyErr_SetString(PyExc_ImportError,
+                            "ioloop can't be used in a subinterpreter");
+        return id > 0 ? -1 : id;
+    }
+    #define PyInterpreterState_GetID(interpreter) \\
+        ioloop_refuse_subinterpreter(PyInterpreterState_GetID(interpreter))
+    """
+
 __version__ = "0.1.0"
 __all__ = ["IOLoop", "PeriodicCallback", "TimeoutError"]
 
