@@ -126,6 +126,8 @@ def fake_kqueue():
 
 
 def compile_c(source, target, *flags):
+    if sys.platform == "darwin":
+        flags = ["-undefined", "dynamic_lookup", *flags]  # of the interpreter
     run(
         *sysconfig.get_config_var("CC").split(),
         *("-shared", "-fPIC", "-O1", "-pthread", "-Wall", "-Werror", f"-I{INCLUDE}"),

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import signal
+import stat
 import sys
 import threading
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+LINUX = sys.platform == "linux"
 # Test modules are imported by path (importlib mode), what they share by name.
 sys.path.insert(0, str(HERE))
 
@@ -128,14 +130,16 @@ def fake_kqueue():
 @pytest.fixture(scope="session", autouse=True)
 def compiled(request):
     """Compile before the first test, whose hang guard knows no compiler."""
-    if any("kqueue" in item.nodeid for item in request.session.items):
+    if LINUX and any("kqueue" in item.nodeid for item in request.session.items):
         request.getfixturevalue("fake_kqueue")
 
 
 @pytest.fixture(params=["epoll", "select", "kqueue"])
 def poller(request):
     """Each poller in turn."""
-    if request.param == "kqueue":
+    if request.param == "epoll" and not LINUX:
+        pytest.skip("Linux's alone")
+    if request.param == "kqueue" and LINUX:
         return Poller("kqueue", request.getfixturevalue("fake_kqueue"))
     return Poller(request.param, ioloop)
 
@@ -223,9 +227,12 @@ def expect_log(clean):
 def open_files():
     """{fd: what it is}; the listing's own descriptor is gone when it is read."""
     files = {}
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):
-            files[int(fd)] = os.readlink(f"/proc/self/fd/{fd}")
+    for fd in map(int, os.listdir("/proc/self/fd" if LINUX else "/dev/fd")):
+        with contextlib.suppress(OSError):
+            if LINUX:
+                files[fd] = os.readlink(f"/proc/self/fd/{fd}")
+            else:
+                files[fd] = stat.S_IFMT(os.fstat(fd).st_mode)
     return files
 
 
@@ -236,6 +243,8 @@ def signal_state():
         state["itimer", which] = signal.getitimer(which)
     state["wakeup fd"] = signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(state["wakeup fd"])
+    if not LINUX:
+        return state
     with open("/proc/self/status") as status:
         state.update(line.split() for line in status if line.startswith("Sig"))
     del state["SigQ:"]
@@ -245,7 +254,7 @@ def signal_state():
 
 
 def tasks():
-    return set(os.listdir("/proc/self/task"))
+    return set(os.listdir("/proc/self/task")) if LINUX else set()
 
 
 def threads_left(threads, before):

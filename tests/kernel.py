@@ -50,7 +50,9 @@ def tcp_pair():
 @contextlib.contextmanager
 def pipe():
     """A non-blocking pipe as (reader, writer); either may be closed meanwhile."""
-    ends = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    ends = os.pipe()
+    for end in ends:
+        os.set_blocking(end, False)
     try:
         yield ends
     finally:

@@ -11,6 +11,8 @@ import time
 import warnings
 from pathlib import Path
 
+import pytest
+
 import ioloop
 
 # -- Processes -----------------------------------------------------------------
@@ -188,8 +190,14 @@ def is_asleep(thread):
     return number not in ("running", "-1", *FUTEX)
 
 
+def needs_is_asleep():
+    if sys.platform != "linux":
+        pytest.skip("only Linux shows who is asleep")
+
+
 def when_asleep(function, *args):
     """Call it in a thread, once the main thread sleeps in a poll."""
+    needs_is_asleep()
     main = threading.main_thread()
 
     def wait():
@@ -205,6 +213,7 @@ def when_asleep(function, *args):
 @contextlib.contextmanager
 def sleeping(loop):
     """A thread that runs `loop`, asleep in the poll; stopped at the end."""
+    needs_is_asleep()
     native_id = threading.Event()
     loop.add_callback(native_id.set)
     thread = Thread(loop.start)

@@ -345,7 +345,7 @@ def pipe_of_a_process():
 
 
 def epoll():
-    return select.epoll(), []
+    return (select.epoll if hasattr(select, "epoll") else select.kqueue)(), []
 
 
 FILES = [unix_socket, connection, tls_socket, pipe_of_a_process, epoll]
