@@ -85,6 +85,11 @@ lint: $(VENV)/lint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/codespell
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows \
+	    .github/workflows/*
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.dependabot \
+	    .github/dependabot.yml
+	$(BIN)/zizmor --quiet --offline --min-severity medium .github
 
 abi3: $(VENV)/lint
 	rm -rf build/wheel
