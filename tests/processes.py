@@ -40,6 +40,13 @@ def run_python(
     return done
 
 
+def fork():
+    """os.fork(), which warns of other threads: the hang guard's is harmless."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
 @contextlib.contextmanager
 def forking():
     """A function that forks; its children never leave the block.
@@ -49,17 +56,14 @@ def forking():
     """
     parent, children = os.getpid(), []
 
-    def fork():
-        with warnings.catch_warnings():
-            # 3.12 and later warn of other threads: the hang guard's is harmless.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            pid = os.fork()
+    def fork_child():
+        pid = fork()
         children.append(pid)
         return pid
 
     code = 1
     try:
-        yield fork
+        yield fork_child
         code = 0
     except BaseException:
         if os.getpid() == parent:

@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 from building import compile_library
 from fakes import NONE, READ, WRITE
-from processes import Thread, run_python
+from processes import Thread, fork, run_python
 
 import ioloop
 
@@ -652,7 +652,7 @@ def conclude(faults, world, steps, fault):
 def in_child(function):
     """What it returns or fails with in a forked child, as text and back."""
     reader, writer = os.pipe()
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         try:
             answer = function()

@@ -27,7 +27,7 @@ from fakes import (
     turn,
 )
 from kernel import readable
-from processes import child, run_python
+from processes import child, fork, run_python
 
 import ioloop
 
@@ -860,7 +860,7 @@ def test_stop_and_continue_while_asleep(loop):
             start = time.monotonic()
             loop.reinit()
             loop.call_later(0.15, loop.stop)
-            helper = os.fork()
+            helper = fork()
             if helper == 0:
                 for number in (signal.SIGSTOP, signal.SIGCONT) * 5:
                     os.kill(os.getppid(), number)
