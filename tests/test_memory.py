@@ -336,7 +336,6 @@ def test_the_queue_shrinks(loop):
             loop.add_callback(int)
         turn(loop)
         for _ in range(50):
-            loop.call_later(0.0001, int)
             loop.run_once(0.001)
 
     # In an empty context a callback is an entry of the queue, and nothing else.
