@@ -14,6 +14,8 @@ variable, of which several can be on:
 
 import os
 import re
+import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -26,13 +28,18 @@ switches = {
 }
 
 
-class build_ext_with_pxd(build_ext):
-    """Puts ioloop.pxd beside the module in the wheel, where `cimport` finds it."""
+class build_ioloop(build_ext):
+    """The module, with ioloop.pxd beside it in the wheel, where `cimport` finds it."""
 
     def run(self):
         super().run()
         if not self.inplace:
             self.copy_file("ioloop.pxd", self.build_lib)
+
+    def get_ext_filename(self, name):
+        filename = super().get_ext_filename(name)
+        # From 3.15 on there would be a platform in the name, which 3.14 can't load.
+        return re.sub(r"\.abi3-.+(?=\.so$)", ".abi3", filename)
 
 
 ioloop = Extension(
@@ -48,8 +55,15 @@ ioloop = Extension(
 )
 ioloop.cython_c_in_temp = True  # beside the source, the C file would only litter
 
+if sys.version_info[:2] == (3, 15):
+    # Its type objects end with fields that Cython 3.3 does not know.
+    ioloop.extra_compile_args += ["-Wno-missing-field-initializers"]
 if "abi3" in switches:
+    if sys.version_info < (3, 11) or sysconfig.get_config_var("Py_GIL_DISABLED"):
+        sys.exit("IOLOOP_ABI3 needs CPython 3.11 or later with the GIL")
     ioloop.define_macros += [("Py_LIMITED_API", "0x030B0000")]
+    # Cython writes methods and docstrings that types of the limited API can't have.
+    ioloop.extra_compile_args += ["-Wno-unused-function", "-Wno-unused-variable"]
 if switches.keys() & {"debug", "coverage", "fake_kqueue", "sanitize"}:
     # For tests: what is compiled often has to compile fast.
     ioloop.extra_compile_args += ["-O1", "-g"]
@@ -86,7 +100,7 @@ setup(
         r'^__version__ = "(.+)"$', Path("ioloop.pyx").read_text(encoding="utf-8"), re.M
     )[1],
     ext_modules=[ioloop],
-    cmdclass={"build_ext": build_ext_with_pxd},
+    cmdclass={"build_ext": build_ioloop},
     options={
         "build": {"build_base": os.path.join("build", kind)},
         "bdist_wheel": {"py_limited_api": "cp311" if "abi3" in switches else False},
