@@ -132,6 +132,7 @@ $(VENV)/module: $(VENV)/tools $(SOURCES) $(filter %.whl,$(MODULE))
 	$(PIP) install --no-build-isolation --no-deps --force-reinstall $(MODULE)
 	touch $@
 
+# Rather older versions than some that can't be compiled here: 3.13t has few wheels.
 $(VENV)/test $(VENV)/lint $(VENV)/bench: $(VENV)/%: $(VENV)/tools pyproject.toml
-	$(PIP) install --group $*
+	$(PIP) install --only-binary :all: --group $* || $(PIP) install --group $*
 	touch $@
