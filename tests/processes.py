@@ -267,11 +267,12 @@ def flooded(loop):
 def switch_interval(seconds):
     """How long a thread waits for the GIL before it asks for it."""
     before = sys.getswitchinterval()
-    sys.setswitchinterval(seconds)
+    # Python cuts it to microseconds: 1e-6 to 0 on i386, which can't be set again.
+    sys.setswitchinterval(seconds + 1e-7)
     try:
         yield
     finally:
-        sys.setswitchinterval(before)
+        sys.setswitchinterval(before + 1e-7)
 
 
 def assert_shares_gil(loop, turns=30):
