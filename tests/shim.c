@@ -13,6 +13,10 @@
 #include <time.h>
 #include <unistd.h>
 
+#ifndef __GLIBC__
+typedef int __itimer_which_t;
+#endif
+
 /* The n-th wait that may last raises a signal first, in its own thread, */
 int window_countdown, window_signal;
 /* ... or the n-th of all the calls below. */
@@ -70,6 +74,8 @@ CALL(int, pthread_sigmask, (int how, const sigset_t *set, sigset_t *old),
 
 CALL(int, epoll_ctl, (int ep, int op, int fd, struct epoll_event *e), (ep, op, fd, e), )
 CALL(int, fstat, (int fd, struct stat *s), (fd, s), )
+#ifndef fstat64  /* musl: another name of fstat */
 CALL(int, fstat64, (int fd, struct stat64 *s), (fd, s), )
+#endif
 CALL(ssize_t, read, (int fd, void *data, size_t size), (fd, data, size), )
 CALL(ssize_t, write, (int fd, const void *data, size_t size), (fd, data, size), )
