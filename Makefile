@@ -10,6 +10,7 @@
 # make abi3      the wheel for CPython 3.11 and later, in build/wheel, and its symbols
 # make sanitize  the tests under ASan, UBSan, TSan and valgrind (tests/sanitize.sh)
 # make leaks     reference counts on a debug interpreter (tests/leaks.py)
+# make platforms the suite on i386, arm64, s390x and musl (tests/platforms.sh); as root
 # make clean     removes all that the others made
 #
 # All of it stays in this directory: nothing is installed in the system.
@@ -31,7 +32,7 @@ PLATLIB = -c 'import sysconfig; print(sysconfig.get_path("platlib"))'
 
 .DELETE_ON_ERROR:
 .PHONY: demo test test-all dev coverage bench bench-smoke rows lint abi3 sanitize \
-    leaks clean
+    leaks platforms clean
 
 demo: $(VENV)/module
 	$(BIN)/python examples/echo_demo.py
@@ -114,6 +115,10 @@ leaks: $(VENV)/tools
 	    $$python setup.py --quiet build_ext --build-lib build/leaks; \
 	    PYTHONPATH=build/leaks $$python tests/leaks.py; \
 	fi
+
+# ARGS: some of i386, arm64, s390x, musl.
+platforms: $(VENV)/tools
+	tests/platforms.sh $(BIN)/python $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info ioloop.c ioloop.html ioloop.*.so .venv*
