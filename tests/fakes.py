@@ -220,9 +220,13 @@ def start_until(loop, error):
 
 
 def block(seconds=0.15):
-    """Python code that does not let go."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    """Python code that does not let go.
+
+    For so much of the CPU's time: on a busy machine that leaves others more than
+    `seconds` to notice it.
+    """
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
         pass
 
 
