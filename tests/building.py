@@ -27,6 +27,8 @@ SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 INCLUDE = sysconfig.get_path("include")
 # The one beside the module is what `cimport ioloop` finds.
 PXD = Path(ioloop.__file__).with_name("ioloop.pxd")
+FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+IS_3_13T = FREE_THREADED and sys.version_info < (3, 14)
 IS_ABI3 = ioloop.__file__.endswith(".abi3.so")
 
 CACHE = ROOT / "build" / "tests" / sysconfig.get_config_var("SOABI")

@@ -9,6 +9,7 @@ import signal
 import socket
 
 import pytest
+from building import IS_3_13T
 from processes import run_python
 
 # -- Sockets and pipes ---------------------------------------------------------
@@ -237,6 +238,13 @@ def can_deny():
         return False
     code = "import kernel; kernel.deny('pipe2', 38)"
     return run_python(code, check=False).returncode == 0
+
+
+def nomemory():
+    """The module with set_nomemory(), which lets allocations fail; or skip the test."""
+    if IS_3_13T:
+        pytest.skip("a list for which there is no memory corrupts CPython 3.13t's heap")
+    return pytest.importorskip("_testcapi", reason="this CPython has no _testcapi")
 
 
 # -- Signals -------------------------------------------------------------------

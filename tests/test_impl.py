@@ -27,7 +27,7 @@ from fakes import (
     run_until,
     turn,
 )
-from kernel import on_signal, pair, pairs, pend
+from kernel import nomemory, on_signal, pair, pairs, pend
 from processes import child, when_asleep
 from test_pollers import (  # noqa: F401
     test_a_number_used_again_by_a_file_that_looks_the_same,
@@ -721,13 +721,12 @@ def test_a_number_that_no_descriptor_has(fd):
 @pytest.mark.parametrize("which", range(4))
 def test_no_memory_after_register(scripted, fds, which):
     """What the poller was told is taken back: all or nothing."""
-    testcapi = pytest.importorskip("_testcapi", reason="this CPython has no _testcapi")
-    loop, poller = scripted()
+    memory, (loop, poller) = nomemory(), scripted()
     large = fcntl.fcntl(fds[0], fcntl.F_DUPFD_CLOEXEC, 900)
 
     def register(fd, events):
         ScriptedPoller.register(poller, fd, events)
-        testcapi.set_nomemory(which, which + 1)
+        memory.set_nomemory(which, which + 1)
 
     poller.register = register
     try:
@@ -735,7 +734,7 @@ def test_no_memory_after_register(scripted, fds, which):
     except MemoryError:
         pass
     finally:
-        testcapi.remove_mem_hooks()
+        memory.remove_mem_hooks()
         os.close(large)
     assert (large in poller.registered) == loop.stats()["handlers"]
 
