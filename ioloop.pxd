@@ -32,8 +32,8 @@
 #     PyCapsule_GetPointer(ioloop.__pyx_capi__["c_remove_handler"],
 #                          "int (PyObject *, int)")
 #
-# Rules for all functions but `c_post` and `c_add_callback`: hold the GIL, and while
-# the loop runs, call them from its thread only.
+# Rules for all functions but `c_post` and `c_add_callback`: hold the GIL (where there
+# is none, be attached), and while the loop runs, call them from its thread only.
 #
 # A callback is called with the GIL held and may raise Python exceptions as usual
 # (`except -1`).  They go to `IOLoop.handle_callback_exception`, with the owner as

@@ -1,6 +1,7 @@
 # cython: language_level=3
 # cython: annotation_typing=False
 # cython: auto_pickle=False
+# cython: freethreading_compatible=True
 """A level-triggered event loop for sockets, timers and threads.
 
 This is the IOLoop of Tornado 1.2-2.0, compiled, for today's CPython::
@@ -27,7 +28,9 @@ callback, or a timeout that adds a timeout, can't starve the other steps.
 Threads: a loop belongs to the thread that runs it.  `add_callback`,
 `add_callback_from_signal`, `spawn_callback`, `add_future`, `stop`, `time`,
 `running`, `stats` and `fileno` may be called from any thread; methods that say
-"Loop thread only" raise RuntimeError while another thread runs the loop.
+"Loop thread only" raise RuntimeError while another thread runs the loop.  Between runs
+any thread may call them; two calls at once are made one after the other, with or
+without the GIL.
 
 Signals: Python's signal handlers run in the main thread between the steps, at once,
 even when the loop sleeps.  They may call `add_callback` and `stop`.
@@ -43,7 +46,7 @@ even when the loop sleeps.  They may call `add_callback` and `stop`.
 #   Queue              callbacks, from any thread; _queue_*, _inbox_*
 #   Waker and signals  who wakes a sleeping loop; the wakeup fd; _waker_*, _wakeup_*
 #   Timeouts           heap, clock, cancellation; _timers_*, _clock_*, _heap_*
-#   PeriodicCallback   the second public class
+#   PeriodicCallback   the second public class; _periodic_*
 #   Coroutines         futures and tasks; _future_*
 #   File descriptors   registrations, paused handlers; _table_*, _handler_*
 #   Pollers            their contract; epoll, kqueue, select and Python's; _poller_*
@@ -73,8 +76,12 @@ even when the loop sleeps.  They may call `add_callback` and `stop`.
 #
 # What it uses of CPython beyond the public API: PyThreadState.context, a type's tp_dict
 # (Fast methods), a context's mp_length, and its reference count as the sign that nobody
-# keeps it.  The limited API (stable ABI, abi3) does without the first two: look for
-# LIMITED_API.  Free-threaded CPython: not supported yet; the GIL guards all but _Inbox.
+# keeps it.  The limited API (stable ABI, abi3) does without the first three: look for
+# LIMITED_API.  Without the GIL, an object's ob_mutex in a forked child.
+#
+# Without the GIL, the critical section of the loop takes its place: methods enter it,
+# and like the GIL it is left by whoever blocks.  The thread that runs the loop needs
+# none, since all others are refused.  The queue, which is for all, has a lock.
 #
 # A new CPython version: that list, classifiers in pyproject.toml, README, .ci/run.
 # A new poller: the contract in "Pollers".
@@ -273,7 +280,7 @@ cdef extern from *:
 # One per process: the instance; one per thread: the current loop.
 _process = {}  # "loop": the instance; a dict's setdefault() is atomic
 _threads = _local()
-_loops = {}  # weak references to all loops, by id
+_loops = {}  # weak references to all loops, by the id of their timers
 
 
 @cython.internal
@@ -314,8 +321,10 @@ cdef class IOLoop(_Referable):
     cdef object action          # for this one
     cdef object empty_context   # for whatever captured none
     cdef object outer_loop      # the current loop before this run
+    cdef int state              # NEW, OPEN, FORKED or CLOSED
+    cdef int stopping
     cdef unsigned long thread_id    # of the thread that runs the loop, or 0
-    cdef bint opened, closed, forked, stopping, installed, embedded
+    cdef bint installed, embedded
     cdef bint has_wakeup_fd     # our pipe is the signal wakeup fd,
     cdef int outer_wakeup_fd    # in place of this one, or -1
     cdef int alarms             # SIGALRMs seen in the pipe, not handled yet
@@ -336,25 +345,30 @@ cdef class IOLoop(_Referable):
     _EPOLLONESHOT, _EPOLLET = 1 << 30, 1 << 31
 
     def __init__(self, impl=None, *, time_func=None, make_current=None):
-        if self.opened or self.closed:
-            raise RuntimeError("IOLoop is already initialised")
+        cdef _Poller poller
         if time_func is not None:
             require_callable(time_func)
         if make_current and _loop_current() is not None:
             raise RuntimeError("the thread already has a current IOLoop")
-        cdef _Poller poller
         queue, table = _Queue(), _Table()
+        timers, forget = _Timers(queue, time_func), _loops.pop
         impl = _poll() if impl is None else impl
         poller = impl if _poller_is_native(impl) else _Foreign(impl, table)
-        if poller.in_use:
-            raise ValueError("the poller belongs to another IOLoop")
-        self.timers = _Timers(queue, time_func)
-        self.empty_context = Context()
-        self.poller, self.table, self.queue = poller, table, queue
-        _waker_register(self)
-        self._impl, poller.in_use = impl, True
-        _loops[id(self)] = ref(self, partial(_loops.pop, id(self)))
-        self.opened = True
+        with cython.critical_section(self):
+            if self.state != NEW:
+                raise RuntimeError("IOLoop is already initialised")
+            if swap(&poller.in_use, True):
+                raise ValueError("the poller belongs to another IOLoop")
+            try:
+                self.poller, self.table, self.queue = poller, table, queue
+                self.timers, self._impl = timers, impl
+                self.empty_context = Context()
+                _waker_register(self)
+                _loops[id(timers)] = ref(self, partial(forget, id(timers)))
+            except BaseException:
+                poller.in_use = False
+                raise
+            store(&self.state, OPEN)
         if make_current:
             _threads.loop = self
         elif make_current is None and _loop_current() is None:
@@ -386,10 +400,12 @@ cdef class IOLoop(_Referable):
 
     def install(self):
         """Make this the process's loop; RuntimeError if there is one.  Any thread."""
-        _loop_check_open(self)
-        if _process.setdefault("loop", self) is not self:
-            raise RuntimeError("the process already has an IOLoop.instance()")
-        self.installed = True
+        setdefault = _process.setdefault
+        with cython.critical_section(self):
+            _loop_check_open(self)
+            if setdefault("loop", self) is not self:
+                raise RuntimeError("the process already has an IOLoop.instance()")
+            self.installed = True
 
     @staticmethod
     def current(instance=True):
@@ -414,6 +430,7 @@ cdef class IOLoop(_Referable):
 
     # File descriptors
 
+    @cython.critical_section
     def add_handler(self, fd, handler, events):
         """Call `handler(fd, events)` whenever `fd` is ready for one of `events`.
 
@@ -437,6 +454,7 @@ cdef class IOLoop(_Referable):
         _table_add(self, number, mask, NULL, NULL,
                    _Handler.__new__(_Handler, fd, handler, capture_context()))
 
+    @cython.critical_section
     def update_handler(self, fd, events):
         """Watch `fd` for `events` from now on; also drops events already collected.
 
@@ -449,6 +467,7 @@ cdef class IOLoop(_Referable):
         _loop_check_thread(self)
         _table_update(self, number, mask)
 
+    @cython.critical_section
     def remove_handler(self, fd):
         """Forget `fd`, before it is closed; does nothing if it has no handler.
 
@@ -456,11 +475,11 @@ cdef class IOLoop(_Referable):
         object is found even if its `fileno()` fails, as that of a closed file does.
         Loop thread only.
         """
-        if self.closed:
+        if self.state == CLOSED:
             return
         _loop_check_thread(self)
         cdef int number = self.table.find(fd)
-        if self.opened:  # still, after fileno()
+        if self.state != CLOSED:  # still, after fileno()
             _loop_check_thread(self)
             if number >= 0 and number != self.queue.inbox.reader:
                 _table_remove(self, number)
@@ -537,15 +556,21 @@ cdef class IOLoop(_Referable):
         Raises TypeError if `timeout` is not a handle of add_timeout, ValueError if it
         is another loop's.  Loop thread only.
         """
-        if self.closed:
+        if load(&self.state) == CLOSED:
             return
-        _loop_check_thread(self)
         if not isinstance(timeout, _Timeout):
+            _loop_check_thread(self)
             raise TypeError("timeout must be what add_timeout returned, "
                             f"not {type(timeout).__name__}")
-        if (<_Timeout>timeout).timers not in (NULL, <PyObject *>self.timers):
-            raise ValueError("the timeout belongs to another IOLoop")
-        _timers_cancel(<_Timeout>timeout)
+        cdef _Section section
+        enter(&section, self)
+        try:
+            _loop_check_thread(self)
+            if (<_Timeout>timeout).timers not in (NULL, <PyObject *>self.timers):
+                raise ValueError("the timeout belongs to another IOLoop")
+            _timers_cancel(<_Timeout>timeout)
+        finally:
+            leave(&section)
 
     # Start and stop
 
@@ -556,12 +581,11 @@ cdef class IOLoop(_Referable):
         stop() was called before.  Until then the loop belongs to the calling thread.
         Raises RuntimeError if the loop is running.
         """
-        _loop_check_idle(self)
+        _loop_claim(self)
         try:
-            if not self.stopping:
-                _loop_run(self, INT64_MAX, False)
+            _loop_start(self)
         finally:
-            self.stopping = False
+            _loop_release(self)
 
     def stop(self):
         """Make `start()` return once the current iteration is complete.
@@ -569,18 +593,18 @@ cdef class IOLoop(_Referable):
         Before a start: the next one returns at once.  Wakes a sleeping loop.  May be
         called from any thread and from a signal handler.
         """
-        cdef bint before = self.stopping
+        cdef int before = load(&self.stopping)
         _loop_check_open(self)
-        self.stopping = True
+        store(&self.stopping, True)
         try:
             _waker_wake(self.queue)
         except OSError:
-            self.stopping = before
+            store(&self.stopping, before)
             raise
 
     def running(self):
         """Return whether the loop is running.  Any thread."""
-        return self.opened and self.thread_id != 0
+        return load(&self.state) >= OPEN and load_id(&self.thread_id) != 0
 
     def run_sync(self, func, timeout=None):
         """Run the loop until `func()` is done; return its value.
@@ -593,23 +617,25 @@ cdef class IOLoop(_Referable):
         cdef _Sync call
         cdef _Timeout limit = None
         cdef bint expired = False
-        _loop_check_idle(self)
         require_callable(func)
         call = _Sync(self, func)
         queued = make_call(call.go_on, None, None, capture_context())
         try:
-            if timeout is not None:
-                limit = _timers_call(self, timeout, True, self.stop, None, None)
-            self.queue.push(queued)
-            self.start()
+            _loop_claim(self)
+            try:
+                if timeout is not None:
+                    limit = _timers_call(self, timeout, True, call.end, None, None)
+                self.queue.push(queued)
+                _loop_start(self)
+            finally:
+                self.queue.take_back(queued)  # if it has not begun
+                if limit is not None:
+                    expired = limit.timers == NULL  # it has run
+                    _timers_cancel(limit)
+                _loop_release(self)
         except BaseException:
             call.give_up()
             raise
-        finally:
-            self.queue.take_back(queued)  # if it has not begun
-            if limit is not None:
-                expired = limit.timers == NULL  # it has run
-                _timers_cancel(limit)
         if call.error is not None:
             raise call.error
         if call.done:
@@ -628,12 +654,15 @@ cdef class IOLoop(_Referable):
         while the loop is not running.
         """
         cdef int64_t limit = INT64_MAX
-        _loop_check_idle(self)
         if timeout is not None:
             limit = max(0, nanoseconds(timeout, True))
-        _loop_check_idle(self)
-        _loop_run(self, limit, True)
+        _loop_claim(self)
+        try:
+            _loop_run(self, limit, True)
+        finally:
+            _loop_release(self)
 
+    @cython.critical_section
     def next_timeout(self):
         """Return how long the loop would sleep, in seconds, or None for ever.
 
@@ -654,9 +683,10 @@ cdef class IOLoop(_Referable):
         """
         _loop_check_open(self)
         number = self.poller.fileno()
-        self.embedded = True
-        if self.thread_id == 0:
-            _waker_go_idle(self)
+        with cython.critical_section(self):
+            self.embedded = True
+            if self.thread_id == 0:
+                _waker_go_idle(self)
         return number
 
     def close(self, all_fds=False):
@@ -665,29 +695,27 @@ cdef class IOLoop(_Referable):
         Queued callbacks and timeouts are dropped.  A second call does nothing.  Raises
         RuntimeError while the loop is running.  Any thread.
         """
-        cdef _Timeout timeout  # kept alive while it is cancelled
-        timers, queue = self.timers, self.queue
-        if not self.opened:
-            return
-        if self.thread_id != 0 and not self.forked:
-            raise RuntimeError("a running IOLoop can't be closed")
-        cdef list handlers = _table_handlers(self) if all_fds else []
-        self.opened, self.closed = False, True
+        cdef list handlers = []
+        with cython.critical_section(self):
+            if self.state < OPEN:
+                return
+            if self.thread_id != 0 and self.state != FORKED:
+                raise RuntimeError("a running IOLoop can't be closed")
+            self.poller.check_thread()
+            if all_fds:
+                handlers = _table_handlers(self)
+            store(&self.state, CLOSED)  # from now on, nobody adds anything
+            self.timers.closed = True
+            self.table.size = self.table.count = 0
+            self.table.handlers = []
+            _timers_clear(self)
         if self.installed and _process.get("loop") is self:
-            del _process["loop"]
+            _process.pop("loop", None)
         if getattr(_threads, "loop", None) is self:
             _threads.loop = None
-        _inbox_close(&queue.inbox)
-        self.table.size = self.table.count = 0
-        self.table.handlers.clear()
-        timers.closed = True
-        timers.add_deferred()
-        while timers.count:
-            timeout = <_Timeout>timers.heap[timers.count - 1].timeout
-            _timers_cancel(timeout)
-        while queue.head != queue.tail:
-            queue.head += 1
-            list_take(queue.ring, <Py_ssize_t>((queue.head - 1) & queue.mask))
+        _inbox_close(&self.queue.inbox)
+        while self.queue.pop() is not None:
+            pass
         try:
             self.poller.close()  # last, since that of a user may raise
         finally:
@@ -697,6 +725,7 @@ cdef class IOLoop(_Referable):
                 except Exception:
                     _report_exception(self, (<_Handler>handler).file)
 
+    @cython.critical_section
     def reinit(self):
         """Make the loop usable in a forked child.
 
@@ -705,10 +734,10 @@ cdef class IOLoop(_Referable):
         constructor must have a `reinit()` of its own (RuntimeError).  Does nothing if
         there was no fork.
         """
-        if not self.opened:
-            _loop_refuse(self)
-        if self.forked:
+        if self.state == FORKED:
             _fork_reinit(self)
+        else:
+            _loop_check_open(self)
 
     def __enter__(self): return self
 
@@ -716,12 +745,13 @@ cdef class IOLoop(_Referable):
         self.close()
 
     def __repr__(self):
-        state = ("closed" if not self.opened else "forked" if self.forked
-                 else "running" if self.thread_id else "idle")
-        return f"<{type(self).__name__} {state} at {<uintptr_t><void *>self:#x}>"
+        cdef int state = load(&self.state)
+        name = ("closed" if state < OPEN else "forked" if state == FORKED
+                else "running" if load_id(&self.thread_id) else "idle")
+        return f"<{type(self).__name__} {name} at {<uintptr_t><void *>self:#x}>"
 
     def __del__(self):
-        if self.opened and not self.installed and not self.forked:
+        if self.state == OPEN and not self.installed:
             PyErr_ResourceWarning(self, 1, b"unclosed IOLoop at %p", <void *>self)
 
     # Errors and blocking
@@ -759,7 +789,6 @@ cdef class IOLoop(_Referable):
         Calls `log_stack` in the watchdog's thread; no signal is sent.  None turns it
         off at once.  Loop thread only.
         """
-        _loop_check_thread(self)
         _watchdog_set(self, seconds, False, None)
 
     def log_stack(self, signal, frame):
@@ -791,10 +820,11 @@ cdef class IOLoop(_Referable):
 
     @property
     def _handlers(self):
-        """A dict of the handlers by file descriptor, a copy."""
-        _loop_check_open(self)
-        return {(<_Handler>handler).number: (<_Handler>handler).callback
-                for handler in _table_handlers(self)}
+        """A dict of the handlers by file descriptor, a copy.  Loop thread only."""
+        with cython.critical_section(self):
+            _loop_check_thread(self)
+            return {(<_Handler>handler).number: (<_Handler>handler).callback
+                    for handler in _table_handlers(self)}
 
 
 cdef object _loop_current():
@@ -802,26 +832,29 @@ cdef object _loop_current():
     loop = getattr(_threads, "loop", None)
     if type(loop) is ref:
         loop = loop()
-    return loop if loop is not None and (<IOLoop>loop).opened else None
+    if loop is None or load(&(<IOLoop>loop).state) < OPEN:
+        return None
+    return loop
 
 
 cdef inline int _loop_check_open(IOLoop loop) except -1:
-    if not loop.opened or loop.forked:
+    if load(&loop.state) != OPEN:
         _loop_refuse(loop)
 
 
 cdef inline int _loop_check_thread(IOLoop loop) except -1:
-    if not loop.opened or loop.forked or (
-            loop.thread_id != 0 and loop.thread_id != get_thread_id()):
+    cdef unsigned long thread_id = load_id(&loop.thread_id)
+    if load(&loop.state) != OPEN or thread_id and thread_id != get_thread_id():
         _loop_refuse(loop)
 
 
 cdef int _loop_refuse(IOLoop loop) except -1:
-    if loop.poller is None:
+    cdef int state = load(&loop.state)
+    if state == NEW:
         raise RuntimeError("IOLoop.__init__() has not been called")
-    if not loop.opened:
+    if state == CLOSED:
         raise RuntimeError("IOLoop is closed")
-    if loop.forked:
+    if state == FORKED:
         raise RuntimeError("this IOLoop was made before a fork: call its reinit() "
                            "or make a new one in the child process")
     raise RuntimeError("IOLoop runs in another thread; the method is not thread-safe")
@@ -829,13 +862,37 @@ cdef int _loop_refuse(IOLoop loop) except -1:
 
 cdef int _loop_check_idle(IOLoop loop) except -1:
     _loop_check_thread(loop)
-    if loop.thread_id != 0:
+    if load_id(&loop.thread_id) != 0:
         raise RuntimeError("IOLoop is already running")
+
+
+cdef int _loop_claim(IOLoop loop) except -1:
+    """Make this the thread that runs the loop: all others are refused from now on."""
+    with cython.critical_section(loop, loop.poller):
+        _loop_check_idle(loop)
+        loop.poller.claim()
+        store_id(&loop.timers.thread_id, get_thread_id())
+        store_id(&loop.thread_id, get_thread_id())
+
+
+cdef int _loop_release(IOLoop loop) except -1:
+    with cython.critical_section(loop):
+        _waker_go_idle(loop)
+        store_id(&loop.timers.thread_id, 0)
+        store_id(&loop.poller.thread_id, 0)
+        store_id(&loop.thread_id, 0)
+
+
+cdef int _loop_start(IOLoop loop) except -1:
+    try:
+        if not load(&loop.stopping):
+            _loop_run(loop, INT64_MAX, False)
+    finally:
+        store(&loop.stopping, False)
 
 
 cdef int _loop_run(IOLoop loop, int64_t limit, bint once) except -1:
     """Iterate once, or until told to stop; borrow what a run needs, and return it."""
-    loop.thread_id = loop.timers.thread_id = get_thread_id()
     try:
         loop.outer_loop = getattr(_threads, "loop", None)
         _threads.loop = loop
@@ -847,7 +904,7 @@ cdef int _loop_run(IOLoop loop, int64_t limit, bint once) except -1:
             if once:
                 break
         else:
-            loop.stopping = False
+            store(&loop.stopping, False)
     finally:
         try:
             try:
@@ -856,9 +913,7 @@ cdef int _loop_run(IOLoop loop, int64_t limit, bint once) except -1:
                 if loop.has_wakeup_fd:
                     _wakeup_give_back(loop)
         finally:
-            loop.thread_id = loop.timers.thread_id = 0
             _run_count_busy(loop, read_clock())
-            _waker_go_idle(loop)
             _threads.loop, loop.outer_loop = loop.outer_loop, None
 
 
@@ -869,6 +924,68 @@ cdef extern from "Python.h":
     int PyThread_acquire_lock_timed(PyThread_type_lock, long long us, int intr) nogil
     int PyErr_ResourceWarning(object source, Py_ssize_t level, const char *format,
                               ...) except -1
+
+cdef extern from *:
+    r"""
+    /* Memory shared with threads that do not hold the GIL.  A store followed by a load
+       needs a fence between them when another thread does the opposite. */
+    #define ioloop_load(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
+    #define ioloop_store(p, value) __atomic_store_n(p, value, __ATOMIC_RELEASE)
+    #define ioloop_swap(p, value) __atomic_exchange_n(p, value, __ATOMIC_SEQ_CST)
+    #define ioloop_increase(p, by) __atomic_fetch_add(p, by, __ATOMIC_SEQ_CST)
+    #define ioloop_fence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
+
+    /* What the GIL guards, where there is one.  For the fast methods enter() and
+       leave() do what cython.critical_section does, but count no reference. */
+    #ifdef Py_GIL_DISABLED
+    #  define IOLOOP_FREE_THREADED 1
+    #  define ioloop_lock(inbox) pthread_mutex_lock(&(inbox)->lock)
+    #  define ioloop_unlock(inbox) pthread_mutex_unlock(&(inbox)->lock)
+    typedef PyCriticalSection ioloop_section;
+    #  define ioloop_enter PyCriticalSection_Begin
+    #  define ioloop_leave PyCriticalSection_End
+    /* A thread that is not in a forked child may have been about to lock it. */
+    static void ioloop_free_after_fork(PyObject *owner) {
+        if (!PyThreadState_Get()->critical_section)  /* else it may be this thread's */
+            owner->ob_mutex = (PyMutex){0};
+    }
+    #else
+    #  define IOLOOP_FREE_THREADED 0
+    #  define ioloop_lock(inbox) ((void)(inbox))
+    #  define ioloop_unlock(inbox) ((void)(inbox))
+    typedef char ioloop_section;
+    #  define ioloop_enter(section, object) ((void)(section))
+    #  define ioloop_leave(section) ((void)(section))
+    #  define ioloop_free_after_fork(owner) ((void)(owner))
+    #endif
+    """
+    const bint FREE_THREADED "IOLOOP_FREE_THREADED"
+    int load "ioloop_load"(int *p) nogil
+    uint64_t load64 "ioloop_load"(atomic64 *p) nogil
+    unsigned long load_id "ioloop_load"(unsigned long *p) nogil
+    PyObject *load_object "ioloop_load"(PyObject **p) nogil
+    void store "ioloop_store"(int *p, int value) nogil
+    void store64 "ioloop_store"(atomic64 *p, uint64_t value) nogil
+    void store_id "ioloop_store"(unsigned long *p, unsigned long value) nogil
+    void store_object "ioloop_store"(PyObject **p, PyObject *value) nogil
+    int swap "ioloop_swap"(int *p, int value) nogil
+    int increase "ioloop_increase"(int *p, int by) nogil
+    void fence "ioloop_fence"() nogil
+
+    void lock "ioloop_lock"(_Inbox *inbox) nogil
+    void unlock "ioloop_unlock"(_Inbox *inbox) nogil
+    ctypedef struct _Section "ioloop_section":
+        pass
+    void enter "ioloop_enter"(_Section *section, object owner)
+    void leave "ioloop_leave"(_Section *section)
+    void free_after_fork "ioloop_free_after_fork"(object owner)
+
+cdef enum:
+    # A loop's state; what is less than OPEN has nothing in it.
+    NEW
+    CLOSED
+    OPEN
+    FORKED                  # open, but the parent's, until reinit()
 
 cdef enum:
     # epoll's numbers; the other pollers translate to and from them.
@@ -1087,11 +1204,11 @@ cdef int _run_iteration(IOLoop loop, int64_t limit) except -1:
     cdef int n
     store64(&loop.iterations, loop.iterations + 1)
     store(&loop.queue.inbox.asleep, 0)
-    loop.alarms = 0
+    store(&loop.alarms, 0)
     _run_callbacks(loop)
     if loop.timers.count:
         _run_timeouts(loop)
-    if loop.stopping:
+    if load(&loop.stopping):
         return False
     n = _run_poll(loop, limit)
     if n:
@@ -1105,8 +1222,11 @@ cdef int _run_callbacks(IOLoop loop) except -1:
     """Step 1: the callbacks that were queued when the iteration began."""
     cdef _Queue queue = loop.queue
     cdef _Inbox *inbox = &queue.inbox
-    cdef uint64_t last_post = load64(&inbox.tail), last = queue.tail, next_call
+    cdef uint64_t last_post, last, next_call
     cdef _Post post
+    lock(inbox)
+    last_post, last = load64(&inbox.tail), load64(&inbox.calls)
+    unlock(inbox)
     while True:
         if inbox.head < last_post:
             # C's and Python's callbacks run in the order in which they were added.
@@ -1124,8 +1244,9 @@ cdef int _run_callbacks(IOLoop loop) except -1:
                 continue
         if queue.head >= last:
             return 0
-        called = list_take(queue.ring, <Py_ssize_t>(queue.head & queue.mask))
-        queue.head += 1
+        called = queue.pop()
+        if called is None:
+            return 0
         _run_call(loop, called)
 
 
@@ -1269,7 +1390,7 @@ cdef int _run_handlers(IOLoop loop, int n) except -1:
     except BaseException:
         _run_keep_events(loop, i, n)
         raise
-    if stray and loop.opened and not loop.forked:
+    if stray and loop.state == OPEN:
         _run_rebuild_poller(loop)
 
 
@@ -1360,7 +1481,7 @@ cdef inline int _run_check_signals(IOLoop loop) except -1:
 
 cdef inline bint _run_has_work(IOLoop loop) noexcept:
     """Return whether there is something to do without polling."""
-    return loop.stopping or loop.queue.count_pending()
+    return load(&loop.stopping) or loop.queue.count_pending()
 
 
 cdef int _run_keep_events(IOLoop loop, int first, int n) except -1:
@@ -1432,13 +1553,6 @@ cdef void _report_unraisable(object where, object error) noexcept:
 
 cdef extern from *:
     r"""
-    /* Memory shared with threads that do not hold the GIL.  A store followed by a load
-       needs a fence between them when another thread does the opposite. */
-    #define ioloop_load(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
-    #define ioloop_store(p, value) __atomic_store_n(p, value, __ATOMIC_RELEASE)
-    #define ioloop_swap(p, value) __atomic_exchange_n(p, value, __ATOMIC_SEQ_CST)
-    #define ioloop_fence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
-
     /* A list used as an array of references that the garbage collector sees.
        `peek` borrows, `set` moves a reference over one that has moved away,
        `put` replaces a None, `take` leaves a None. */
@@ -1464,13 +1578,6 @@ cdef extern from *:
         return item;
     }
     """
-    int load "ioloop_load"(int *p) nogil
-    uint64_t load64 "ioloop_load"(atomic64 *p) nogil
-    void store "ioloop_store"(int *p, int value) nogil
-    void store64 "ioloop_store"(atomic64 *p, uint64_t value) nogil
-    int swap "ioloop_swap"(int *p, int value) nogil
-    void fence "ioloop_fence"() nogil
-
     PyObject *list_peek "ioloop_list_peek"(list items, Py_ssize_t i)
     void list_put "ioloop_list_put"(list items, Py_ssize_t i, object item)
     object list_take "ioloop_list_take"(list items, Py_ssize_t i)
@@ -1492,7 +1599,7 @@ cdef struct _Post:
     uint64_t calls_before   # how many of Python's callbacks go first
 
 cdef struct _Inbox:
-    pthread_mutex_t lock    # of posts, writer and closed; a fork takes it, too
+    pthread_mutex_t lock    # of posts, writer and closed, and calls without the GIL
     _Inbox *next            # in the list of them
     _Post *posts            # a ring
     atomic64 head, tail
@@ -1531,11 +1638,20 @@ cdef class _Queue:
 
     cdef inline int push(self, object called) except -1:
         """Queue a call; wake the loop if it sleeps."""
+        cdef uint64_t capacity
+        lock(&self.inbox)
         while self.tail - self.head > self.mask:
-            self.resize(2 * (self.mask + 1))
+            capacity = 2 * (self.mask + 1)
+            unlock(&self.inbox)
+            self.resize(capacity)
+            lock(&self.inbox)
+        if FREE_THREADED and self.inbox.closed:
+            unlock(&self.inbox)
+            return 0  # by another thread, after the caller had looked
         list_put(self.ring, <Py_ssize_t>(self.tail & self.mask), called)
         self.tail += 1
         store64(&self.inbox.calls, self.tail)
+        unlock(&self.inbox)
         if load(&self.inbox.asleep):
             try:
                 _waker_wake(self)
@@ -1543,18 +1659,33 @@ cdef class _Queue:
                 self.take_back(called)
                 raise
 
-    cdef int take_back(self, object called) except -1:
+    cdef inline object pop(self):
+        """Take the next call out, or return None if it has been taken back."""
+        lock(&self.inbox)
+        called = list_take(self.ring, <Py_ssize_t>(self.head & self.mask))
+        self.head += self.head != self.tail
+        unlock(&self.inbox)
+        return called
+
+    cdef object take_back(self, object called):
         """Undo the last push, if it is of this call, whose caller gets an error."""
-        cdef Py_ssize_t last = <Py_ssize_t>((self.tail - 1) & self.mask)
+        cdef Py_ssize_t last
+        taken = None
+        lock(&self.inbox)
+        last = <Py_ssize_t>((self.tail - 1) & self.mask)
         if self.tail > self.head and list_peek(self.ring, last) == <PyObject *>called:
             self.tail -= 1
-            list_take(self.ring, last)
+            store64(&self.inbox.calls, self.tail)
+            taken = list_take(self.ring, last)
+        unlock(&self.inbox)
+        return taken  # to be dropped without the lock
 
     cdef int resize(self, uint64_t capacity) except -1:
         """Move to a ring for so many calls, a power of two, if they fit."""
         # The allocation may collect garbage, and that may queue callbacks.
         cdef list ring = [None] * <Py_ssize_t>capacity, old
         cdef uint64_t n
+        lock(&self.inbox)
         old, n = self.ring, self.head
         if self.tail - n <= capacity:
             while n != self.tail:
@@ -1562,12 +1693,17 @@ cdef class _Queue:
                          list_take(old, <Py_ssize_t>(n & self.mask)))
                 n += 1
             self.ring, self.mask = ring, capacity - 1
+        unlock(&self.inbox)
 
     cdef int shrink(self) except -1:
         """After a burst: give back half of a large ring that is hardly used."""
-        if self.mask >= LARGE and self.tail - self.head < self.mask // 8:
+        cdef uint64_t capacity, used
+        lock(&self.inbox)
+        capacity, used = self.mask + 1, self.tail - self.head
+        unlock(&self.inbox)
+        if capacity > LARGE and used < capacity // 8:
             try:
-                self.resize((self.mask + 1) // 2)
+                self.resize(capacity // 2)
             except MemoryError:
                 pass
 
@@ -1575,7 +1711,11 @@ cdef class _Queue:
         return self.head + load64(&self.inbox.head)
 
     cdef inline uint64_t count_pending(self) noexcept:
-        return (self.tail - self.head) + (load64(&self.inbox.tail) - self.inbox.head)
+        cdef uint64_t count
+        lock(&self.inbox)
+        count = self.tail - self.head + load64(&self.inbox.tail) - self.inbox.head
+        unlock(&self.inbox)
+        return count
 
 
 @cython.final
@@ -1672,6 +1812,7 @@ cdef int _waker_register(IOLoop loop) except -1:
 cdef int _waker_signal(_Inbox *inbox) noexcept nogil:
     """Wake the loop if it sleeps; return 0 or an errno, and leave errno alone."""
     cdef int saved = errno, error = 0
+    fence()
     if not load(&inbox.asleep) or swap(&inbox.signalled, 1):
         return 0
     pthread_mutex_lock(&inbox.lock)
@@ -1711,7 +1852,7 @@ cdef int _waker_drain(object loop, int fd, uint32_t events, void *arg) except -1
         n, count = read(fd, buffer, sizeof(buffer)), 0
         for i in range(n):
             if buffer[i]:
-                (<IOLoop>loop).alarms += buffer[i] == SIGALRM
+                increase(&(<IOLoop>loop).alarms, buffer[i] == SIGALRM)
                 buffer[count] = buffer[i]
                 count += 1
         if count and outer_fd >= 0:
@@ -1815,7 +1956,7 @@ cdef class _Timers:
         cdef Py_ssize_t i
         self.add_deferred()
         for i in range(self.count):
-            (<_Timeout>self.heap[i].timeout).timers = NULL
+            store_object(&(<_Timeout>self.heap[i].timeout).timers, NULL)
             Py_XDECREF(self.heap[i].timeout)
         free(self.heap)
         free(self.free_keys)
@@ -1872,7 +2013,7 @@ cdef class _Timers:
         self.free -= 1
         timeout.key = self.free_keys[self.free]
         list_put(self.calls, timeout.key, called)
-        timeout.timers = <PyObject *>self
+        store_object(&timeout.timers, <PyObject *>self)
         Py_INCREF(timeout)
         if self.passing and deadline <= self.pass_time:
             self.deferred += 1
@@ -1922,7 +2063,7 @@ cdef class _Timers:
     cdef inline object release(self, _Timeout timeout):
         """Free the key of a timeout that has left the heap; return its call."""
         cdef int key = timeout.key
-        timeout.timers = NULL
+        store_object(&timeout.timers, NULL)
         self.free_keys[self.free] = key
         self.free += 1
         return list_take(self.calls, key)
@@ -1975,43 +2116,71 @@ cdef class _Timeout:
 
     def cancel(self):
         """Cancel the timeout, unless it has run or was cancelled.  Loop thread only."""
-        if self.timers != NULL:
-            (<_Timers>self.timers).check_thread()
-            _timers_cancel(self)
+        cdef _Section section
+        guard = _timers_guard(load_object(&self.timers))
+        if guard is not None:
+            enter(&section, guard)
+            try:
+                if self.timers != NULL:
+                    (<_Timers>self.timers).check_thread()
+                    _timers_cancel(self)
+            finally:
+                leave(&section)
 
     @property
     def callback(self):
-        """The callable, or None once the timeout has run or was cancelled."""
-        if self.timers == NULL or (<_Timers>self.timers).calls is None:
-            return None
-        called = (<_Timers>self.timers).calls[self.key]
-        return (<_Call>called).callback if type(called) is _Call else called
+        """The callable, or None once it has run or was cancelled.  Loop thread only."""
+        guard = _timers_guard(load_object(&self.timers))
+        if guard is not None:
+            with cython.critical_section(guard):
+                if self.timers != NULL and (<_Timers>self.timers).calls is not None:
+                    (<_Timers>self.timers).check_thread()
+                    called = (<_Timers>self.timers).calls[self.key]
+                    return (<_Call>called).callback if type(called) is _Call else called
 
     @property
     def deadline(self):
-        """The time in seconds on the clock of the loop's `time()`."""
+        """The time in seconds on the clock of the loop's `time()`.  Any thread."""
+        cdef PyObject *timers = load_object(&self.timers)
         cdef int64_t offset = 0
+        guard = _timers_guard(timers)
         if self.due == INT64_MAX:
             return HUGE_VAL
         if self.order & 1:
-            offset = (_clock_measure_offset() if self.timers == NULL
-                      else (<_Timers>self.timers).wall_offset())
+            offset = (_clock_measure_offset() if guard is None
+                      else (<_Timers>timers).wall_offset())
         return <double>add_times(self.due, offset) / SECOND
 
     def __repr__(self):
-        state = "dead" if self.timers == NULL else f"at {self.deadline:.6f}"
-        return f"<ioloop._Timeout {state}>"
+        dead = load_object(&self.timers) == NULL
+        return f"<ioloop._Timeout {'dead' if dead else f'at {self.deadline:.6f}'}>"
+
+
+cdef inline object _timers_guard(PyObject *timers):
+    """Whose critical section guards a timeout there; None if there is no such loop."""
+    if timers == NULL:
+        return None
+    if not FREE_THREADED:
+        return <object>timers
+    # Another thread may be dropping them: their address leads to a loop that lives.
+    loop = _loops.get(<uintptr_t>timers)
+    return None if loop is None else loop()
 
 
 cdef inline _Timeout _timers_call(IOLoop loop, object when, bint delay,
                                   object callback, object args, dict kwargs):
     cdef int64_t deadline
-    _loop_check_thread(loop)
-    require_callable(callback)
-    deadline = loop.timers.deadline(when, delay)
-    _loop_check_thread(loop)  # a hostile __float__ or time_func may have closed it
-    called = make_call(callback, args, kwargs, capture_context())
-    return loop.timers.add(deadline, called)
+    cdef _Section section
+    enter(&section, loop)
+    try:
+        _loop_check_thread(loop)
+        require_callable(callback)
+        deadline = loop.timers.deadline(when, delay)
+        _loop_check_thread(loop)  # a hostile __float__ or time_func may have closed it
+        called = make_call(callback, args, kwargs, capture_context())
+        return loop.timers.add(deadline, called)
+    finally:
+        leave(&section)
 
 
 cdef int _timers_cancel(_Timeout timeout) except -1:
@@ -2027,6 +2196,14 @@ cdef int _timers_cancel(_Timeout timeout) except -1:
             timers.resize(timers.capacity // 2)
         except MemoryError:
             pass  # it is cancelled all the same
+
+
+cdef int _timers_clear(IOLoop loop) except -1:
+    cdef _Timeout timeout  # kept alive while it is cancelled
+    loop.timers.add_deferred()
+    while loop.timers.count:
+        timeout = <_Timeout>loop.timers.heap[loop.timers.count - 1].timeout
+        _timers_cancel(timeout)
 
 
 cdef int64_t _clock_measure_offset() noexcept:
@@ -2088,23 +2265,39 @@ cdef class PeriodicCallback(_Referable):
     Loop thread only.  Source: Tornado.
     """
     cdef dict __dict__
-    cdef public object callback
+    cdef object function                    # the callback
     cdef readonly double jitter             # a fraction
     cdef readonly IOLoop io_loop
     cdef double milliseconds
     cdef _Timeout timeout                   # of the next call
     cdef object awaited                     # the future of the last one, until done
-    cdef bint started
+    cdef int started
     cdef int64_t due                        # when the next call is, or the last was
 
     def __init__(self, callback, callback_time, io_loop=None, jitter=0):
+        cdef double ms
+        cdef IOLoop loop
         require_callable(callback)
         if not 0 <= jitter <= 2:
             raise ValueError(f"jitter is a fraction of the period, not {jitter!r}")
-        self.callback = callback
-        self.callback_time = callback_time
-        self.jitter = jitter
-        self.io_loop = IOLoop.current() if io_loop is None else io_loop
+        ms = _periodic_milliseconds(callback_time)
+        loop = IOLoop.current() if io_loop is None else io_loop
+        with cython.critical_section(self):
+            if self.io_loop is not None:
+                raise RuntimeError("PeriodicCallback is already initialised")
+            self.io_loop, self.function = loop, callback
+            self.milliseconds, self.jitter = ms, jitter
+
+    @property
+    def callback(self):
+        """What is called; a new one from the next call on.  Any thread."""
+        with cython.critical_section(self):
+            return self.function
+
+    @callback.setter
+    def callback(self, function):
+        with cython.critical_section(self):
+            self.function, function = function, self.function  # dropped later
 
     @property
     def callback_time(self):
@@ -2113,42 +2306,44 @@ cdef class PeriodicCallback(_Referable):
 
     @callback_time.setter
     def callback_time(self, period):
-        cdef double ms = (period.total_seconds() * 1e3
-                          if class_has(period, "total_seconds") else period)
-        if not ms > 0 or nanoseconds(ms / 1e3, True) < 1:
-            raise ValueError(f"a period must be positive, not {period!r}")
-        self.milliseconds = ms
+        self.milliseconds = _periodic_milliseconds(period)
 
     def start(self):
         """Start calling; does nothing if it has been started.
 
         Raises RuntimeError in the wrong thread or if the loop is closed.
         """
+        cdef int64_t now, period
         if self.io_loop is None:
             raise RuntimeError("PeriodicCallback is not initialised")
-        _loop_check_thread(self.io_loop)
-        if not self.started:
-            self.due = self.io_loop.timers.now()
-            self.schedule(add_times(self.due, self.period()))
+        with cython.critical_section(self.io_loop):
+            _loop_check_thread(self.io_loop)
+            now, period = self.io_loop.timers.now(), self.period()
+            _loop_check_thread(self.io_loop)  # a time_func may have done anything
+            if not self.started:
+                self.due = now
+                self.schedule(add_times(now, period))
 
     def stop(self):
         """Stop calling; `start()` starts afresh.  Loop thread only."""
-        if self.started:
-            self.io_loop.timers.check_thread()
-            if self.timeout is not None:
-                _timers_cancel(self.timeout)
-        self.started = False
-        self.timeout = self.awaited = None
+        with cython.critical_section(self.io_loop):
+            if self.started:
+                self.io_loop.timers.check_thread()
+                if self.timeout is not None:
+                    _timers_cancel(self.timeout)
+                store(&self.started, False)
+                self.timeout = self.awaited = None
 
     def is_running(self):
         """Return whether it has been started and not stopped since.  Any thread."""
-        return self.started
+        return bool(load(&self.started))
 
     def _tick(self):
         """Call the callback, and schedule the next call once it is done."""
         self.timeout = None
+        function = self.callback
         try:
-            future = _future_of(self.io_loop, self.callback())
+            future = _future_of(self.io_loop, function())
             if future is not None:
                 if self.started and self.timeout is None:  # it did not stop or restart
                     self.awaited = future
@@ -2159,7 +2354,7 @@ cdef class PeriodicCallback(_Referable):
             self.awaited = None
             if not isinstance(error, Exception):
                 raise
-            _report_exception(self.io_loop, self.callback)
+            _report_exception(self.io_loop, function)
         finally:
             if self.awaited is None:
                 self.schedule_next()
@@ -2180,16 +2375,21 @@ cdef class PeriodicCallback(_Referable):
         return max(1, nanoseconds(seconds, True))
 
     cdef int schedule(self, int64_t due) except -1:
-        self.started = False  # in case this fails
-        self.timeout = self.io_loop.timers.add(
-            due, make_call(self._tick, None, None, capture_context()))
-        self.due, self.started = due, True
+        try:
+            self.timeout = self.io_loop.timers.add(
+                due, make_call(self._tick, None, None, capture_context()))
+        except BaseException:
+            store(&self.started, False)
+            raise
+        self.due = due
+        store(&self.started, True)
 
     cdef int schedule_next(self) except -1:
         """Schedule the first call that is still to come, however many were missed."""
         cdef int64_t now, due = self.due
         cdef int64_t period = nanoseconds(self.milliseconds / 1e3, True)
-        if not self.started or self.timeout is not None or not self.io_loop.opened:
+        if not self.started or self.timeout is not None or (
+                self.io_loop.state < OPEN):
             return 0
         try:
             period = self.period()
@@ -2199,6 +2399,14 @@ cdef class PeriodicCallback(_Referable):
         finally:  # even if a time_func fails
             if self.started and self.timeout is None:  # still
                 self.schedule(add_times(due, period))
+
+
+cdef double _periodic_milliseconds(object period) except -1:
+    cdef double ms = (period.total_seconds() * 1e3
+                      if class_has(period, "total_seconds") else period)
+    if not ms > 0 or nanoseconds(ms / 1e3, True) < 1:
+        raise ValueError(f"a period must be positive, not {period!r}")
+    return ms
 
 
 # -- Coroutines and futures ----------------------------------------------------
@@ -2226,7 +2434,7 @@ cdef object _future_of(IOLoop loop, object result):
 
 def _future_relay(IOLoop loop not None, callback, context, future):
     """Queue the callback of a future that is done, unless the loop is closed."""
-    if loop.opened:
+    if load(&loop.state) >= OPEN:
         loop.queue.push(make_call(callback, (future,), None, context))
 
 
@@ -2370,7 +2578,10 @@ cdef class _Sync:
         except Exception as error:
             self.error = error
         self.done = True
-        self.loop.stop()
+        self.end()
+
+    def end(self):
+        IOLoop.stop(self.loop)
 
     def give_up(self):
         self.over = True
@@ -2558,7 +2769,7 @@ cdef int _handler_resume(IOLoop loop, _Handler handler) except -1:
     handler.pending = None
     if slot != NULL and handler.paused:
         handler.paused = slot.muted = False
-        if not loop.forked:  # else reinit() does it
+        if loop.state != FORKED:  # else reinit() does it
             try:
                 loop.poller.drop(handler.number)
                 loop.poller.add(handler.number, slot.events, slot.generation)
@@ -2611,7 +2822,8 @@ cdef class _Poller(_Referable):
     cdef int capacity           # of that array
     cdef int undelivered        # events at its start
     cdef bint foreign           # a Python object's
-    cdef bint in_use            # by a loop
+    cdef int in_use             # by a loop
+    cdef unsigned long thread_id    # of the thread that polls it, or 0
     cdef bint interrupted       # the last wait was, by a signal
     cdef bint oneshot           # it knows ONESHOT
     cdef int set_fd             # the kernel's set, or -1
@@ -2630,32 +2842,45 @@ cdef class _Poller(_Referable):
 
     def register(self, fd, events):
         """Watch `fd` for `events`."""
+        if self.in_use:
+            self.check_thread()
         self.add(fd_number(fd), event_mask(events), 0)
 
     def modify(self, fd, events):
         """Watch `fd` for other events."""
+        if self.in_use:
+            self.check_thread()
         self.change(fd_number(fd), event_mask(events), 0)
 
     def unregister(self, fd):
         """Stop watching `fd`."""
+        if self.in_use:
+            self.check_thread()
         self.drop(fd_number(fd))
 
     def poll(self, timeout=-1):
-        """Return a list of (fd, events), after `timeout` seconds at the latest.
+        """Return a list of (fd, events), after `timeout` seconds, or a day, at most.
 
-        Or after a day.  A negative timeout waits for ever.
+        A negative timeout waits for ever.
         """
         cdef int64_t ns = FOREVER
         cdef list events = []
         cdef int i, n
+        cdef unsigned long before
         if timeout is not None and timeout >= 0:
             ns = min(nanoseconds(timeout, True), LONGEST_SLEEP * <int64_t>SECOND)
-        n = self.wait(ns)
-        PyErr_CheckSignals()
-        for i in range(n):
-            events.append((self.ready[i].fd, self.ready[i].events))
+        with cython.critical_section(self):
+            before = self.claim()
+        try:
+            n = self.wait(ns)
+            PyErr_CheckSignals()
+            for i in range(n):
+                events.append((self.ready[i].fd, self.ready[i].events))
+        finally:
+            store_id(&self.thread_id, before)
         return events
 
+    @cython.critical_section
     def fileno(self):
         """Return a file descriptor that is readable when there are events."""
         if self.set_fd < 0:
@@ -2672,15 +2897,32 @@ cdef class _Poller(_Referable):
 
     def close(self):
         """Close the poller; does nothing the second time."""
-        if self.witness is not None:
-            self.witness.close()
-        self.close_sets()
+        with cython.critical_section(self):
+            self.check_thread()
+            if self.witness is not None:
+                self.witness.close_sets()
+            self.close_sets()
+
+    @cython.final
+    cdef int check_thread(self) except -1:
+        cdef unsigned long thread_id = load_id(&self.thread_id)
+        if thread_id != 0 and thread_id != get_thread_id():
+            raise RuntimeError("the poller is used by another thread")
+
+    @cython.final
+    cdef unsigned long claim(self) except? -1:
+        """Let only this thread poll from now on; return which one could before."""
+        self.check_thread()
+        cdef unsigned long before = load_id(&self.thread_id)
+        store_id(&self.thread_id, get_thread_id())
+        return before
 
     cdef int abandon(self) except -1:
         if self.witness is not None:
             self.witness.abandon()
         self.close_sets()
 
+    @cython.critical_section
     cdef int rebuild(self, _Table table) except -1:
         cdef int old = self.set_fd
         filters = self.filters
@@ -2916,6 +3158,7 @@ cdef class _KQueue(_Poller):
             raise _poller_refusal(fd)
         return self.change(fd, events, generation)
 
+    @cython.critical_section
     cdef int change(self, int fd, uint32_t events, uint32_t generation) except -1:
         cdef uint32_t filters = events & (READ | WRITE) or READ | DISABLED
         cdef uint32_t old = self.filters.get(fd, 0)
@@ -2940,6 +3183,7 @@ cdef class _KQueue(_Poller):
         self.delete(fd, old & ~filters)
         self.filters[fd] = filters
 
+    @cython.critical_section
     cdef int drop(self, int fd) except -1:
         self.delete(fd, self.filters.pop(fd, 0))
 
@@ -2956,6 +3200,7 @@ cdef class _KQueue(_Poller):
         return _kqueue_change(self.set_fd, fd, which, as_it_is, 0) == -1 and (
             errno == ENOENT or errno == EBADF)
 
+    @cython.critical_section
     cdef int wait(self, int64_t ns) except -1:
         cdef timespec timeout = as_timespec(max(ns, 0))
         cdef timespec *limit = NULL if ns == FOREVER else &timeout
@@ -3047,8 +3292,9 @@ cdef class _Select(_Poller):
     def close(self):
         """Forget everything."""
         _Poller.close(self)
-        memset(self.sets, 0, sizeof(self.sets))
-        self.end = 0
+        with cython.critical_section(self):
+            memset(self.sets, 0, sizeof(self.sets))
+            self.end = 0
 
     cdef int rebuild(self, _Table table) except -1:
         cdef int fd
@@ -3058,6 +3304,7 @@ cdef class _Select(_Poller):
                 self.drop(fd)
         return self.add_all(table)
 
+    @cython.critical_section
     cdef int add(self, int fd, uint32_t events, uint32_t generation) except -1:
         if fd >= FD_SETSIZE:
             raise ValueError(f"fd {fd} is not below select's limit, {FD_SETSIZE}")
@@ -3069,6 +3316,7 @@ cdef class _Select(_Poller):
     cdef int change(self, int fd, uint32_t events, uint32_t generation) except -1:
         return self.add(fd, events, generation)
 
+    @cython.critical_section
     cdef int drop(self, int fd) except -1:
         if fd < FD_SETSIZE:
             self.witness.drop(fd)
@@ -3088,6 +3336,7 @@ cdef class _Select(_Poller):
 
     cdef bint has_lost(self, int fd) except -1: return self.witness.has_lost(fd)
 
+    @cython.critical_section
     cdef int wait(self, int64_t ns) except -1:
         cdef fd_set reads = self.sets[0], writes = self.sets[1], others = self.sets[2]
         cdef timespec timeout = as_timespec(max(ns, 0))
@@ -3112,6 +3361,8 @@ cdef class _Select(_Poller):
                 WRITE if FD_ISSET(fd, &writes) else 0) | (
                 PRI if FD_ISSET(fd, &others) else 0)
             generation = <uint32_t>self.generations[fd]
+            if self.generations[fd] < 0:
+                events = 0  # dropped meanwhile, by another thread
             if events and self.witness.has_lost(fd):
                 self.drop(fd)
                 events = ERROR
@@ -3255,7 +3506,7 @@ cdef class _Watchdog:
     cdef int waiting            # whoever sets it to 0 releases the lock
     cdef int ended              # the run is over
     cdef object thread
-    cdef bint sent              # SIGALRM is on its way
+    cdef int sent               # SIGALRM is on its way
     cdef object handler, old_handler    # SIGALRM's
     cdef sigaction_t action, old_action
 
@@ -3283,8 +3534,7 @@ cdef class _Watchdog:
 
     def on_alarm(self, signum, frame):
         """SIGALRM's handler if the program had one before, which gets all others."""
-        cdef bint sent = self.sent
-        self.sent = False
+        cdef bint sent = swap(&self.sent, False)
         # Python calls this once for several that came; each left a byte in the pipe.
         if _watchdog_count_alarms(self.loop) > 1 or not sent:
             self.old_handler(signum, frame)
@@ -3353,7 +3603,7 @@ cdef class _Watchdog:
                 or now.sa_handler != self.action.sa_handler):
             _watchdog_count_alarms(self.loop)  # those so far are for the handler there
             return False
-        self.sent = True
+        store(&self.sent, True)
         _signal.pthread_kill(self.loop_thread_id, SIGALRM)
         return True
 
@@ -3372,18 +3622,18 @@ cdef class _Watchdog:
 
 cdef int _watchdog_count_alarms(IOLoop loop) except -1:
     """How many SIGALRMs the pipe has told of since the last call."""
-    cdef int alarms
     _waker_drain(loop, loop.queue.inbox.reader, READ, NULL)
-    alarms, loop.alarms = loop.alarms, 0
-    return alarms
+    return swap(&loop.alarms, 0)
 
 
+@cython.critical_section
 cdef int _watchdog_set(IOLoop loop, object seconds, bint by_signal, action) except -1:
     cdef int64_t threshold = 0
     if seconds is not None:
         threshold = nanoseconds(seconds, True)
         if threshold <= 0:
             raise ValueError(f"a threshold must be positive, not {seconds!r}")
+    _loop_check_thread(loop)
     _watchdog_stop(loop)
     loop.threshold, loop.by_signal, loop.action = threshold, by_signal, action
     if loop.thread_id != 0:
@@ -3437,7 +3687,7 @@ cdef int _watchdog_stop(IOLoop loop) except -1:
         if error is not None:
             raise error
         PyErr_CheckSignals()  # while their handler is there
-        if self.sent and hasattr(_signal, "sigtimedwait"):
+        if load(&self.sent) and hasattr(_signal, "sigtimedwait"):
             _signal.sigtimedwait((SIGALRM,), 0)  # a blocked one must not come later
     finally:
         self.restore_alarm()
@@ -3494,6 +3744,7 @@ def _fork_in_child():
     cdef IOLoop loop
     cdef dict outer = {}  # wakeup fds by ours, which took their place
     cdef list loops = []
+    free_after_fork(_loops)
     for loop in map(ref.__call__, list(_loops.values())):
         if loop is not None:
             loops.append(loop)
@@ -3502,9 +3753,14 @@ def _fork_in_child():
             if loop.watchdog is not None:
                 loop.watchdog.restore_alarm()
     for loop in loops:
+        free_after_fork(loop)
+        free_after_fork(loop.poller)
+        if loop.thread_id != get_thread_id():
+            loop.poller.thread_id = 0
         if loop.has_wakeup_fd:
             outer[loop.queue.inbox.writer] = loop.outer_wakeup_fd
-        loop.forked = True
+        if loop.state == OPEN:
+            loop.state = FORKED
         loop.has_wakeup_fd = False
         loop.watchdog = None
         store(&loop.queue.inbox.asleep, 0)
@@ -3546,7 +3802,7 @@ cdef int _fork_reinit(IOLoop loop) except -1:
         for handler in _table_handlers(loop):
             if (<_Handler>handler).context is not None:
                 (<_Handler>handler).context = (<_Handler>handler).context.copy()
-    loop.forked = False
+    loop.state = OPEN
     if loop.thread_id != 0:
         _wakeup_take(loop)
         _watchdog_start(loop)
@@ -3557,6 +3813,7 @@ cdef int _fork_reinit(IOLoop loop) except -1:
 # -- C API ---------------------------------------------------------------------
 # Documented in ioloop.pxd.  Its `ioloop_door_v1` is an _Inbox.
 
+@cython.critical_section
 cdef int c_add_handler(object loop, int fd, uint32_t events, ioloop_handler_v1 function,
                        void *arg, object owner) except -1:
     _loop_check_thread(<IOLoop?>loop)
@@ -3566,13 +3823,15 @@ cdef int c_add_handler(object loop, int fd, uint32_t events, ioloop_handler_v1 f
                       _Handler.__new__(_Handler, fd, owner, None))
 
 
+@cython.critical_section
 cdef int c_update_handler(object loop, int fd, uint32_t events) except -1:
     _loop_check_thread(<IOLoop?>loop)
     return _table_update(<IOLoop>loop, fd_number(fd), events)
 
 
+@cython.critical_section
 cdef int c_remove_handler(object loop, int fd) except -1:
-    if not (<IOLoop?>loop).closed:
+    if (<IOLoop?>loop).state != CLOSED:
         _loop_check_thread(<IOLoop>loop)
         if fd != (<IOLoop>loop).queue.inbox.reader:
             _table_remove(<IOLoop>loop, fd)
@@ -3586,6 +3845,12 @@ cdef class _CTimer:
     cdef object owner
     cdef _Timers timers
     cdef _Timeout timeout
+
+    cdef inline object guard(self):
+        """Whose critical section guards it, or None if the loop has gone."""
+        if self.timers is None or load_id(&self.timers.thread_id) == get_thread_id():
+            return self.timers  # this thread runs the loop, and needs none
+        return _timers_guard(<PyObject *>self.timers)
 
 
 cdef object c_new_timer(object loop, ioloop_callback_v1 function, void *arg,
@@ -3604,27 +3869,31 @@ cdef int c_start_timer(object timer, int64_t delay) except -1:
     cdef _CTimer self = <_CTimer?>timer
     cdef _Timers timers = self.timers
     cdef int64_t deadline
-    if timers is None or timers.closed:
-        raise RuntimeError("IOLoop is closed")
-    timers.check_thread()
-    deadline = add_times(timers.now(), delay)
-    timers.reserve()  # here, since it may run what starts or stops the timer
-    if timers.closed:
-        raise RuntimeError("IOLoop is closed")
-    if self.timeout.timers != NULL and not timers.passing:
-        # Move it within the heap: cancelled and armed at once.
-        return timers.place(self.timeout, self.timeout.index, deadline)
-    if self.timeout.timers != NULL:
-        timers.extract(self.timeout.index)
-        timers.release(self.timeout)
-    return timers.arm(self.timeout, deadline, self)
+    guard = self.guard()
+    with cython.critical_section(guard):
+        if guard is None or timers.closed:
+            raise RuntimeError("IOLoop is closed")
+        deadline = add_times(timers.now(), delay)
+        timers.check_thread()
+        timers.reserve()  # here, since it may run what starts or stops the timer
+        if timers.closed:
+            raise RuntimeError("IOLoop is closed")
+        if self.timeout.timers != NULL and not timers.passing:
+            # Move it within the heap: cancelled and armed at once.
+            return timers.place(self.timeout, self.timeout.index, deadline)
+        if self.timeout.timers != NULL:
+            timers.extract(self.timeout.index)
+            timers.release(self.timeout)
+        return timers.arm(self.timeout, deadline, self)
 
 
 cdef int c_stop_timer(object timer) except -1:
     cdef _CTimer self = <_CTimer?>timer
-    if self.timers is not None and not self.timers.closed:
-        self.timers.check_thread()
-        _timers_cancel(self.timeout)
+    guard = self.guard()
+    with cython.critical_section(guard):
+        if guard is not None and not self.timers.closed:
+            self.timers.check_thread()
+            _timers_cancel(self.timeout)
 
 
 cdef int c_add_callback(object loop, ioloop_callback_v1 function, void *arg) except -1:
@@ -3663,7 +3932,6 @@ cdef int c_post(ioloop_door_v1 *door, ioloop_callback_v1 function,
     pthread_mutex_unlock(&inbox.lock)
     if error:
         return error
-    fence()
     error = _waker_signal(inbox)
     if error:
         # Take it back, unless the loop runs it or another post is behind it.
@@ -3807,7 +4075,7 @@ def _verify(IOLoop loop not None):
     cdef _Timeout timeout
     cdef Py_ssize_t i, count = 0
     cdef uint64_t n
-    _loop_check_open(loop)
+    _loop_check_thread(loop)
     assert len(timers.calls) == timers.capacity, "the number of keys"
     assert timers.count + timers.deferred + timers.free == timers.capacity, "free keys"
     for i in range(timers.count):
@@ -3820,10 +4088,14 @@ def _verify(IOLoop loop not None):
             &timers.heap[i], &timers.heap[(i - 1) >> 2]), "the heap's order"
     for i in range(timers.free):
         assert timers.calls[timers.free_keys[i]] is None, "a free key"
-    assert len(queue.ring) == <Py_ssize_t>(queue.mask + 1), "the ring's size"
-    assert queue.tail - queue.head <= queue.mask + 1, "the ring's ends"
-    for n in range(queue.tail, queue.head + queue.mask + 1):
-        assert queue.ring[n & queue.mask] is None, "a free place in the ring"
+    lock(&queue.inbox)
+    try:
+        assert len(queue.ring) == <Py_ssize_t>(queue.mask + 1), "the ring's size"
+        assert queue.tail - queue.head <= queue.mask + 1, "the ring's ends"
+        for n in range(queue.tail, queue.head + queue.mask + 1):
+            assert queue.ring[n & queue.mask] is None, "a free place in the ring"
+    finally:
+        unlock(&queue.inbox)
     for i in range(table.size):
         assert (table.slots[i].generation != 0) == (table.handlers[i] is not None), i
         count += table.slots[i].generation != 0
