@@ -1,4 +1,5 @@
 # cython: language_level=3
+# cython: freethreading_compatible=True
 """A client of the C API, for test_cdoor.py: all that ioloop.pxd has.
 
 What takes a `function` calls it from a C callback, with the function as `arg`: the
