@@ -83,7 +83,7 @@ def table(results, peers, absent):
 
 
 def ratios(row, medians):
-    if row.unit == "1/s":  # less is better everywhere else
+    if row.unit in ("1/s", "x"):  # less is better everywhere else
         return "-", "-"
     own, best = medians.get("ioloop"), medians.get(best_peer(medians))
     return ratio(best, own), ratio(own, medians.get(FLOOR))

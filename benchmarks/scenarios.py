@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from statistics import median
 
 from benchmarks import targets
 from benchmarks.loops import READ, WRITE, installed, nothing
@@ -359,6 +360,43 @@ def run_load(load, port, pid, size, connections, seconds):
     return json.loads(answer.stdout)
 
 
+# -- two loops at once -------------------------------------------------------------
+
+
+def threads(loop, work, rounds, **parameters):
+    """Another scenario on one loop, then on two in threads of their own.
+
+    `gain` is how much more is done in the same time: 2 is all that two cores can give.
+    """
+
+    def elapsed(count):
+        barrier = threading.Barrier(count + 1)
+
+        def run():
+            # Made here: an object is used fastest in the thread that made it.
+            own = type(loop)()
+            barrier.wait()
+            work(own, **parameters)
+            barrier.wait()
+            own.close()
+
+        threads = [threading.Thread(target=run) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        barrier.wait()
+        start = clock()
+        barrier.wait()
+        taken = clock() - start
+        for thread in threads:
+            thread.join()
+        return taken / count / parameters["count"]
+
+    # One and two alternate, so that a disturbance hits both alike.
+    times = [(elapsed(1), elapsed(2)) for _ in range(rounds)]
+    one, two = map(median, zip(*times, strict=True))
+    return {"one": one, "two": two, "gain": median(a / b for a, b in times)}
+
+
 # -- what it costs to have it ------------------------------------------------------
 
 
@@ -489,6 +527,8 @@ FASTEST = (targets.Fastest(1.3), targets.Seed(5))
 KERNEL = (targets.Floor(1.15), targets.DoorFloor(1.05))
 LEAST = (targets.Least(),)
 TIMERS = (*FASTEST, targets.DoorFloor(1.05))
+HAS_GIL = getattr(sys, "_is_gil_enabled", lambda: True)()
+GAIN = () if HAS_GIL else (targets.AtLeast(1.9),)
 
 
 def ring_case(pairs, active):
@@ -518,6 +558,17 @@ def echo_case(size, connections):
         ],
         warm_up=False,  # the load does
         charted="user" if (size, connections) == (1024, 100) else "",
+    )
+
+
+def threads_case(work, parameters, quick):
+    return Case(
+        f"threads {work.__name__}",
+        threads,
+        {"work": work, "rounds": 5, **parameters},
+        {"work": work, "rounds": 1, **quick},
+        [Row("one", "ns"), Row("two", "ns"), Row("gain", "x", GAIN)],
+        peers=ALL_PYTHON,
     )
 
 
@@ -594,6 +645,13 @@ CASES = [
         {"count": 20_000},
         {"count": 200},
         [Row("wall", "ns")],
+    ),
+    threads_case(chain, {"count": 300_000}, {"count": 2_000}),
+    threads_case(timers_fire, {"count": 100_000}, {"count": 2_000}),
+    threads_case(
+        ring,
+        {"pairs": 100, "active": 10, "count": 100_000},
+        {"pairs": 20, "active": 10, "count": 2_000},
     ),
     *(
         echo_case(size, connections)
