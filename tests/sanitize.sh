@@ -8,6 +8,10 @@
 # kqueue.  Left out are, everywhere, whatever builds or installs a module of its own
 # (packaging, C API, examples, clients) and the slow tests; and further below,
 # with the reason, what a sanitizer makes pointless or too slow.
+#
+# For `thread` the interpreter may also be a free-threaded one that is instrumented
+# itself (CPython's configure --disable-gil --with-thread-sanitizer).  Only then does
+# TSan see what the GIL would hide, and all that is about threads is tested there.
 set -eu
 
 python=$1
@@ -29,6 +33,39 @@ files() {
 # PYTHONMALLOC: small blocks come from malloc() too, where a sanitizer sees them.
 run() {  # variables, command
     env PYTHONMALLOC=malloc PYTHONDONTWRITEBYTECODE=1 IOLOOP_TEST_TIMEOUT=300 "$@"
+}
+
+# Left out under TSan: tests that preload a library in place of the sanitizer's
+# (check_and_the_poll, system_call); those that don't allow it to hand on signals late or
+# as one (no_action_kills, no_signal_interrupts, embedded_in_asyncio, handler_that_adds);
+# and those of children that go on with the loop (goes_on, forks_beside_busy), where it
+# also knows no threads.  The handler of CPython's faulthandler changes errno, which it
+# reports as well.
+tsan_can="not check_and_the_poll and not system_call \
+    and not goes_on and not forks_beside_busy and not embedded_in_asyncio \
+    and not no_signal_interrupts and not no_action_kills and not handler_that_adds \
+    and not wakeup_fd_of_a_child and not blocks_in_c and not faulthandler_dumps"
+
+is_instrumented() {
+    "$python" -c 'import sys, sysconfig
+sys.exit("-fsanitize=thread" not in sysconfig.get_config_var("CFLAGS"))'
+}
+
+# The reports go to files: pytest keeps what a test that passes has written.
+without_gil() {
+    source=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("srcdir"))')
+    rm -f "$work"/race.*
+    # CPython's own suppressions are in its source, which an installed one has not.
+    cat tests/tsan.supp "$source"/Tools/tsan/*.txt >"$work/tsan.supp" 2>/dev/null ||
+        echo "CPython's own races are reported, too: there is no $source/Tools/tsan"
+    run env -u PYTHONMALLOC \
+        TSAN_OPTIONS="exitcode=66:die_after_fork=0:suppressions=$work/tsan.supp:log_path=$work/race" \
+        $pytest -m "not slow" \
+        -k "$tsan_can and not kqueue and not gil_stays_off" \
+        $(files cdoor fork freethreading signals storms stress threads watchdog) || {
+        cat "$work"/race.*
+        exit 1
+    }
 }
 
 mkdir -p "$work"
@@ -61,20 +98,15 @@ for tool; do
                 pollers run_sync faults timeouts)
         ;;
     thread)
-        # What is about threads.  Left out: tests that preload a library in place of
-        # the sanitizer's (check_and_the_poll, system_call); those that don't allow it
-        # to hand on signals late or as one (no_action_kills, no_signal_interrupts,
-        # embedded_in_asyncio); and those of children that go on with the loop (goes_on),
-        # where it also knows no threads.
-        # The handler of CPython's faulthandler changes errno, which it reports as well.
+        if is_instrumented; then
+            without_gil
+            continue
+        fi
+        # What is about threads.
         run LD_PRELOAD="$(library libtsan)" \
             TSAN_OPTIONS=exitcode=66:die_after_fork=0 \
             $pytest -m "not slow" \
-            -k "not check_and_the_poll and not system_call \
-               and not goes_on and not embedded_in_asyncio \
-               and not no_signal_interrupts and not no_action_kills \
-               and not wakeup_fd_of_a_child and not blocks_in_c \
-               and not faulthandler_dumps" \
+            -k "$tsan_can" \
             $(files fork signals stress threads watchdog)
         ;;
     valgrind)
