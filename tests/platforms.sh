@@ -3,8 +3,8 @@
 #
 #     tests/platforms.sh python [i386] [arm64] [s390x] [musl]
 #
-# The first three are Debian in a chroot; qemu emulates arm64 and s390x.  musl is a
-# CPython that musl-gcc has built.  PYTEST_ADDOPTS chooses tests:
+# The first three are Debian in a chroot; qemu emulates arm64 and s390x.  musl and a
+# CPython for it are built from Debian's sources.  PYTEST_ADDOPTS chooses tests:
 #
 #     PYTEST_ADDOPTS=tests/test_threads.py make platforms ARGS=s390x
 #
@@ -135,11 +135,18 @@ fetch_sources() {  # to, packages
     )
 }
 
-build_musl() {
-    need musl-gcc musl-tools
+build_musl() (
     rm -rf "$root"
-    fetch_sources "$root/source" python3.13 libffi/bookworm zlib/bookworm
-    export CC=musl-gcc CFLAGS="-O2 -fPIC"
+    fetch_sources "$root/source" python3.13 musl libffi/bookworm zlib/bookworm
+    (
+        cd "$root"/source/musl-*
+        ./configure --prefix="$root" --syslibdir="$root/lib"
+        make -j "$(nproc)" install
+    )
+    # The kernel's headers are the same for every C library.
+    ln -s /usr/include/linux /usr/include/asm-generic \
+        "/usr/include/$(uname -m)-linux-gnu/asm" "$root/include"
+    export CC="$root/bin/musl-gcc" CFLAGS="-O2 -fPIC"
     (
         cd "$root"/source/zlib-*
         ./configure --static --prefix="$root"
@@ -154,13 +161,13 @@ build_musl() {
     (
         cd "$root"/source/Python-*
         export PKG_CONFIG_LIBDIR="$root/lib/pkgconfig"
-        # musl-gcc is gcc, and would name glibc as its C library.
+        # It is still gcc, and would name glibc as its C library.
         sed -i s/--print-multiarch/--no-multiarch/ configure
         ./configure --quiet --prefix="$root" --with-ensurepip=install
         make -j "$(nproc)" install
     )
     touch "$root/ready"
-}
+)
 
 # --------------------------------------------------------------------------------
 

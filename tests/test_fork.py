@@ -35,6 +35,7 @@ from kernel import nothing_free, on_signal, pair, pend, pipe, readable
 from processes import (
     Thread,
     child,
+    exits_with_a_busy_thread,
     flooded,
     forking,
     in_child,
@@ -883,6 +884,7 @@ def test_subinterpreter(poller):
 
 
 @pytest.mark.row("B22")
+@exits_with_a_busy_thread
 @pytest.mark.parametrize("busy", ["asleep", "callbacks", "timeouts", "flooded"])
 def test_exit_with_a_running_loop_in_a_daemon_thread(poller, busy):
     done = poller.run(

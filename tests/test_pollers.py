@@ -550,6 +550,8 @@ class Pidfds:
         stack.callback(process.kill)
 
     def open(self):
+        if not hasattr(os, "pidfd_open"):
+            pytest.skip("this CPython has no pidfd_open()")
         return os.pidfd_open(self.pid)
 
     def wake(self, fd):
@@ -1499,17 +1501,17 @@ def test_construction_is_all_or_nothing(poller, counted_files, spare):
 
 @pytest.mark.row("A33")
 @pytest.mark.parametrize("name", ["epoll_create1", "pipe2"])
-def test_construction_fails_cleanly_on_a_missing_call(seccomp, name):
+def test_construction_fails_cleanly_on_a_refused_call(seccomp, name):
     run_python(
         f"""
         import errno, gc, kernel, os
         before = os.listdir("/proc/self/fd")
-        kernel.deny({name!r}, errno.ENOSYS)
+        kernel.deny({name!r}, errno.EPERM)  # ENOSYS would have musl use pipe()
         for _ in range(10):
             try:
                 ioloop.IOLoop(ioloop._EPoll())
             except OSError as error:
-                assert error.errno == errno.ENOSYS
+                assert error.errno == errno.EPERM
             else:
                 raise SystemExit("no error")
         gc.collect()

@@ -22,6 +22,7 @@ from processes import (
     Thread,
     at_once,
     busy_in_thread,
+    exits_with_a_busy_thread,
     in_child,
     switch_interval,
     wait_until,
@@ -530,6 +531,7 @@ started.wait()
 """
 
 
+@exits_with_a_busy_thread
 @pytest.mark.parametrize(
     "end",
     ["", "sys.exit(0)", "del run, flood; gc.collect()", "ioloop.IOLoop.instance()"],
