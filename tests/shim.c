@@ -74,7 +74,7 @@ CALL(int, pthread_sigmask, (int how, const sigset_t *set, sigset_t *old),
 
 CALL(int, epoll_ctl, (int ep, int op, int fd, struct epoll_event *e), (ep, op, fd, e), )
 CALL(int, fstat, (int fd, struct stat *s), (fd, s), )
-#ifndef fstat64  /* musl: another name of fstat */
+#ifdef __GLIBC__  /* musl has one fstat for files of every size */
 CALL(int, fstat64, (int fd, struct stat64 *s), (fd, s), )
 #endif
 CALL(ssize_t, read, (int fd, void *data, size_t size), (fd, data, size), )
