@@ -188,17 +188,21 @@ def in_context(loop, thing):
     contextvars.copy_context().run(add)
 
 
+# Not inside of the function: CPython 3.13t keeps functions and classes for ever.
+class Never(Await):
+    def __init__(self, thing):
+        self.thing, self.value = thing, self
+
+    def add_done_callback(self, callback):
+        self.thing.waiting = callback
+
+
+async def wait_for(never):
+    await never
+
+
 def in_coroutine(loop, thing):
-    class Never(Await):
-        def add_done_callback(self, callback):
-            thing.waiting = callback
-
-    async def work():
-        never = Never()
-        never.value = never
-        await never
-
-    loop.add_callback(work)
+    loop.add_callback(wait_for, Never(thing))
     turn(loop, 3)
 
 
