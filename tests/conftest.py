@@ -7,12 +7,14 @@ import gc
 import logging
 import os
 import re
+import shutil
 import signal
 import stat
 import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -162,6 +164,29 @@ def make_loop(poller):
 def loop(make_loop):
     """A loop on `poller`."""
     return make_loop()
+
+
+@pytest.fixture(scope="session")
+def clients(tmp_path_factory):
+    """`clients(module)`: cdoor_client, bound to that build of ioloop."""
+    path = building.extension(building.HERE / "cdoor_client.pyx")
+    loaded = {}
+
+    def get(module):
+        if module not in loaded:
+            copy = tmp_path_factory.mktemp("client") / path.name
+            shutil.copy(path, copy)
+            with mock.patch.dict(sys.modules, ioloop=module):
+                loaded[module] = building.load(copy)
+        return loaded[module]
+
+    get(ioloop)
+    return get
+
+
+@pytest.fixture
+def client(poller, clients):
+    return clients(poller.module)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ Time and readiness as a script (FakeClock, ScriptedPoller), what records its cal
 the methods of a loop with arguments to call them with.
 """
 
+import concurrent.futures
 import contextlib
 import contextvars
 import itertools
@@ -123,6 +124,16 @@ class Await:
 
     def __await__(self):
         return (yield self.value)
+
+
+def finished(result=None, error=None):
+    """A future that is done."""
+    future = concurrent.futures.Future()
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
+    return future
 
 
 def context_with(variable, value):

@@ -1,6 +1,7 @@
 """Other processes, other threads, and how threads share the GIL with a loop."""
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -168,15 +169,20 @@ def in_thread(target, *args):
     return Thread(target, *args).join()
 
 
-def at_once(count, target, *args):
-    """Call `target` in `count` threads that start together; their results."""
-    barrier = threading.Barrier(count)
+def together(*targets):
+    """Call each in a thread of its own, all at the same moment; their results."""
+    barrier = threading.Barrier(len(targets))
 
-    def run():
+    def run(target):
         barrier.wait()
-        return target(*args)
+        return target()
 
-    return [thread.join() for thread in [Thread(run) for _ in range(count)]]
+    return [thread.join() for thread in [Thread(run, target) for target in targets]]
+
+
+def at_once(count, target, *args):
+    """Call `target` in `count` threads at the same moment; their results."""
+    return together(*[functools.partial(target, *args)] * count)
 
 
 def wait_until(done, seconds=30):

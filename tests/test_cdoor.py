@@ -11,7 +11,6 @@ import gc
 import os
 import re
 import select
-import shutil
 import signal
 import socket
 import sys
@@ -62,32 +61,6 @@ import ioloop
 
 MS = 1_000_000
 NEVER = 2**63 - 1
-
-
-# -- Building ------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def clients(tmp_path_factory):
-    """`clients(module)`: cdoor_client, bound to that build of ioloop."""
-    path = extension(HERE / "cdoor_client.pyx")
-    loaded = {}
-
-    def get(module):
-        if module not in loaded:
-            copy = tmp_path_factory.mktemp("client") / path.name
-            shutil.copy(path, copy)
-            with mock.patch.dict(sys.modules, ioloop=module):
-                loaded[module] = load(copy)
-        return loaded[module]
-
-    get(ioloop)
-    return get
-
-
-@pytest.fixture
-def client(poller, clients):
-    return clients(poller.module)
 
 
 # -- Shorthands ----------------------------------------------------------------

@@ -20,10 +20,7 @@ import pytest
 from building import FREE_THREADED
 from fakes import FOREVER, READ, FakeClock, in_time, turn
 from kernel import alarm, pair, pairs, readable
-from processes import Thread, at_once, child, switch_interval
-
-# The C API's client and what builds it.
-from test_cdoor import client, clients  # noqa: F401
+from processes import Thread, at_once, child, switch_interval, together
 
 import ioloop
 
@@ -36,17 +33,6 @@ TIMES = 10 if FREE_THREADED and "IOLOOP_SANITIZE" not in os.environ else 1
 def fast_switching():
     with switch_interval(1e-6):
         yield
-
-
-def together(*targets):
-    """Call each in a thread of its own, all at the same moment; what they return."""
-    barrier = threading.Barrier(len(targets))
-
-    def run(target):
-        barrier.wait()
-        return target()
-
-    return [thread.join() for thread in [Thread(run, target) for target in targets]]
 
 
 def nothing(*_):
@@ -89,7 +75,7 @@ def test_the_gil_stays_off(poller):
 # -- A loop that runs ----------------------------------------------------------
 
 
-def ways_to_queue(loop, client):  # noqa: F811
+def ways_to_queue(loop, client):
     """Functions that have the loop call another one, with or without an argument."""
     door = client.Door(loop)
 
@@ -112,7 +98,7 @@ def ways_to_queue(loop, client):  # noqa: F811
 
 
 @pytest.mark.row("B25")
-def test_producers(loop, poller, client):  # noqa: F811
+def test_producers(loop, poller, client):
     """What they queue runs once, each producer's in its order, whichever way it came.
 
     Beside threads that Python knows nothing of.
@@ -393,7 +379,7 @@ def test_periodic_callbacks(loop, poller):
 
 
 @pytest.mark.row("B25")
-def test_queue_of_an_idle_loop(loop, poller, client):  # noqa: F811
+def test_queue_of_an_idle_loop(loop, poller, client):
     """It grows while it is filled by everybody."""
     count, log = 2000 * TIMES, []
 
@@ -429,7 +415,7 @@ def until_closed(loop, use):
     return uses
 
 
-def uses(loop, poller, client, made):  # noqa: F811
+def uses(loop, poller, client, made):
     """Whatever threads do with a loop; what they give it is noted in `made`."""
     periodic = poller.module.PeriodicCallback(int, 1e6, loop)
     door, timer = client.Door(loop), client.new_timer(loop, id, None)
@@ -484,7 +470,7 @@ def uses(loop, poller, client, made):  # noqa: F811
 
 @pytest.mark.row("B5", "B29")
 @pytest.mark.parametrize("running", [False, True], ids=["idle", "now and then running"])
-def test_close_against_everything(make_loop, poller, client, running):  # noqa: F811
+def test_close_against_everything(make_loop, poller, client, running):
     """Each call is before it or after it, and what was queued goes with the loop."""
     kept = []
     for n in range(15):
@@ -510,7 +496,7 @@ def test_close_against_everything(make_loop, poller, client, running):  # noqa: 
 
 
 @pytest.mark.row("B29")
-def test_posts_while_a_loop_is_closed(make_loop, client):  # noqa: F811
+def test_posts_while_a_loop_is_closed(make_loop, client):
     """From threads that Python knows nothing of: each is accepted or refused."""
     threads, count = 2, 3000 * TIMES
     for n in range(30):
@@ -783,7 +769,7 @@ def test_watchdog_beside_busy_threads(loop, means):
 
 
 @pytest.mark.row("B32")
-def test_forks_beside_busy_threads(loop, poller, client):  # noqa: F811
+def test_forks_beside_busy_threads(loop, poller, client):
     """The child's copy of the loop is whole, whatever the threads were at."""
     ended = threading.Event()
 

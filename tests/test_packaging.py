@@ -8,13 +8,12 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import venv
 import zipfile
 
 import pytest
-from building import ROOT, run
+from building import FREE_THREADED, ROOT, run
 
 import ioloop
 
@@ -410,7 +409,7 @@ def interpreters():
 
 @slow
 @pytest.mark.skipif(
-    sys.version_info < (3, 11) or sysconfig.get_config_var("Py_GIL_DISABLED"),
+    sys.version_info < (3, 11) or FREE_THREADED,
     reason="there is no such build",
 )
 def test_one_abi3_file_for_3_11_and_later(source, tmp_path, empty):

@@ -24,6 +24,7 @@ from fakes import (
     ScriptedPoller,
     context_with,
     fail,
+    finished,
     turn,
 )
 from processes import in_thread, sleeping
@@ -305,20 +306,11 @@ def failing(request, times):
 
     def future():
         times()
-        return ended(ZeroDivisionError())
+        return finished(error=ZeroDivisionError())
 
     return {"callback": callback, "coroutine": coroutine, "future": future}[
         request.param
     ]
-
-
-def ended(error=None):
-    future = concurrent.futures.Future()
-    if error is None:
-        future.set_result(None)
-    else:
-        future.set_exception(error)
-    return future
 
 
 @pytest.mark.row("C19")
@@ -543,7 +535,7 @@ def test_interrupted_by_a_future_it_goes_on(fake, times, start, step, error):
 
 @pytest.mark.parametrize("error", BASE)
 def test_a_future_that_ended_by_what_is_no_exception(fake, times, start, error):
-    start(lambda: times() or ended(error()))
+    start(lambda: times() or finished(error=error()))
     for _ in range(3):
         with pytest.raises(error):
             run_for(fake, 1)
@@ -561,7 +553,7 @@ def test_interrupted_by_the_hook_it_goes_on(fake, times, start, failing, error):
     assert times == [0.1, 0.2, 0.3]
 
 
-@pytest.mark.parametrize("result", [None, ended()], ids=["", "future"])
+@pytest.mark.parametrize("result", [None, finished()], ids=["", "future"])
 @pytest.mark.parametrize("error", [*BASE, OSError])
 def test_a_clock_that_fails_after_a_call_stops_nothing(
     fake, clock, times, start, expect_log, error, result

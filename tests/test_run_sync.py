@@ -11,22 +11,22 @@ import weakref
 from unittest import mock
 
 import pytest
-from fakes import FOREVER, READ, Await, Exit, context_with, fail, run_until, turn
+from fakes import (
+    FOREVER,
+    READ,
+    Await,
+    Exit,
+    context_with,
+    fail,
+    finished,
+    run_until,
+    turn,
+)
 from kernel import readable
 from processes import Thread, in_thread
 
 BASE = [Exit, KeyboardInterrupt, SystemExit]
 var = contextvars.ContextVar("var", default="unset")
-
-
-def future(result=None, error=None):
-    """A finished future."""
-    done = concurrent.futures.Future()
-    if error is None:
-        done.set_result(result)
-    else:
-        done.set_exception(error)
-    return done
 
 
 async def coroutine(result=None, error=None, steps=2):
@@ -43,7 +43,7 @@ def function(result=None, error=None):
     return result
 
 
-kinds = pytest.mark.parametrize("kind", [function, coroutine, future])
+kinds = pytest.mark.parametrize("kind", [function, coroutine, finished])
 
 
 class Answers:
@@ -365,7 +365,7 @@ def test_a_coroutine_is_driven_to_its_end(loop, run):
         for i in range(3):
             log.append(i)
             await Await()
-        log.append(await Await(future("result")))
+        log.append(await Await(finished("result")))
 
     run(work)
     until(loop, log, 4)
@@ -385,7 +385,7 @@ def test_one_step_in_an_iteration(loop):
     assert log == [log[0], log[0] + 1, log[0] + 2]
 
 
-@pytest.mark.parametrize("kind", [coroutine, future])
+@pytest.mark.parametrize("kind", [coroutine, finished])
 def test_its_exception_goes_to_the_hook(loop, run, kind, expect_log):
     run(lambda: kind(error=ZeroDivisionError("in vain")))
     turn(loop, 8)
@@ -447,7 +447,7 @@ class Broken:
 @pytest.mark.parametrize(
     ("make", "error", "pattern"),
     [
-        (lambda: future(error=KeyError("gone")), KeyError, "gone"),
+        (lambda: finished(error=KeyError("gone")), KeyError, "gone"),
         (Broken, KeyError, "broken"),
         (lambda: "nonsense", TypeError, "nonsense"),
         *((lambda value=value: value, TypeError, None) for value in PLAIN.values()),
@@ -461,7 +461,7 @@ def test_what_it_can_not_have_raises_inside(loop, run, make, error, pattern):
     async def work():
         with pytest.raises(error, match=pattern):
             await Await(make())
-        log.append(await Await(future("on")))
+        log.append(await Await(finished("on")))
 
     run(work)
     until(loop, log, 1)
@@ -536,7 +536,7 @@ def test_every_step_runs_in_the_context_of_its_callback(loop):
         for _ in range(3):
             await Await()
             log.append((value, var.get()))
-        await Await(future())
+        await Await(finished())
         log.append((value, var.get()))
 
     loop.add_callback(work, "a")
@@ -613,7 +613,7 @@ def test_add_future(loop):
     log = []
     gate = concurrent.futures.Future()
     assert loop.add_future(gate, log.append) is None
-    loop.add_future(future(), log.append)
+    loop.add_future(finished(), log.append)
     turn(loop)
     assert len(log) == 1
     gate.set_result(1)
@@ -644,7 +644,7 @@ def test_add_future_captures_the_context(loop):
 @pytest.mark.parametrize("callback", [None, 1])
 def test_add_future_wants_a_callable(loop, callback):
     with pytest.raises(TypeError):
-        loop.add_future(future(), callback)
+        loop.add_future(finished(), callback)
 
 
 def test_add_future_wants_a_future(loop):
@@ -653,14 +653,14 @@ def test_add_future_wants_a_future(loop):
 
 
 def test_add_future_exception_goes_to_the_hook(loop, expect_log):
-    loop.add_future(future(), fail)
+    loop.add_future(finished(), fail)
     turn(loop)
     expect_log.take("Exception in callback", TypeError)
 
 
 def test_futures_and_coroutines_of_handlers_do_not_pile_up(loop):
     with readable() as (a, _):
-        loop.add_handler(a, lambda *_: future(), READ)
+        loop.add_handler(a, lambda *_: finished(), READ)
         turn(loop, 50)
         loop.remove_handler(a)
         assert loop.stats()["pending_callbacks"] <= 1
@@ -784,7 +784,7 @@ def test_only_the_class_of_a_future_is_asked_for_its_methods(loop, run, expect_l
             asked.append(name)
             return lambda: True
 
-    run(lambda: Evasive(future(error=ZeroDivisionError())))
+    run(lambda: Evasive(finished(error=ZeroDivisionError())))
     turn(loop, 4)
     expect_log.take("Exception in callback", ZeroDivisionError)
     with pytest.raises(TimeoutError):

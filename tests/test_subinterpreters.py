@@ -1,11 +1,10 @@
 """Only the main interpreter gets the module, whichever is the first to import it."""
 
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
-from building import compile_library
+from building import FREE_THREADED, compile_library
 from processes import run_python
 
 PROGRAM = """
@@ -50,7 +49,7 @@ has_own_gil = pytest.mark.skipif(
     sys.version_info < (3, 12), reason="all interpreters share the GIL before 3.12"
 )
 has_check = pytest.mark.skipif(
-    bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
+    FREE_THREADED,
     reason="a free-threaded build never does without the check",
 )
 
