@@ -860,16 +860,12 @@ cdef int _loop_refuse(IOLoop loop) except -1:
     raise RuntimeError("IOLoop runs in another thread; the method is not thread-safe")
 
 
-cdef int _loop_check_idle(IOLoop loop) except -1:
-    _loop_check_thread(loop)
-    if load_id(&loop.thread_id) != 0:
-        raise RuntimeError("IOLoop is already running")
-
-
 cdef int _loop_claim(IOLoop loop) except -1:
     """Make this the thread that runs the loop: all others are refused from now on."""
     with cython.critical_section(loop, loop.poller):
-        _loop_check_idle(loop)
+        _loop_check_thread(loop)
+        if loop.thread_id != 0:
+            raise RuntimeError("IOLoop is already running")
         loop.poller.claim()
         store_id(&loop.timers.thread_id, get_thread_id())
         store_id(&loop.thread_id, get_thread_id())
