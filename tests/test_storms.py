@@ -21,9 +21,6 @@ from fakes import READ, block, run_callback, turn
 from kernel import alarm, on_signal, readable
 from processes import Thread, child, switch_interval
 
-# The C API's client and what builds it.
-from test_cdoor import cached, client, clients  # noqa: F401
-
 ALRM, USR1, USR2, URG = (
     signal.SIGALRM,
     signal.SIGUSR1,
@@ -371,7 +368,7 @@ def test_time_limits_in_callbacks_of_a_watched_loop(watched, size, owner):
 WAYS = ["reinit", "daemonize", "close"]
 
 
-def in_child(loop, client, counter, way):  # noqa: F811
+def in_child(loop, client, counter, way):
     """Whatever the child does with its copy, what is the child's stays."""
     signal.alarm(20)
     posted = counter.value
@@ -392,7 +389,7 @@ def in_child(loop, client, counter, way):  # noqa: F811
     assert [os.eventfd_read(fd) for fd in files] == [*range(1, 41)]
 
 
-def test_forks_beside_threads_that_post(loop, client, size):  # noqa: F811
+def test_forks_beside_threads_that_post(loop, client, size):
     """By the C API and by add_callback: the parent's counts are exact."""
     forks, posts, called = size(30, 1000), 3000, 0
     counter, ended = client.Counter(), threading.Event()
