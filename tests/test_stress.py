@@ -16,7 +16,6 @@ import threading
 import time
 
 import pytest
-from building import IS_3_13T
 from fakes import FOREVER, LOOP_THREAD_ONLY, READ, Await, fail, turn
 from kernel import alarm, on_signal, readable
 from processes import (
@@ -534,9 +533,6 @@ started.wait()
 """
 
 
-@pytest.mark.skipif(
-    IS_3_13T, reason="one child in 2,000 hangs as it exits, and it is not known why"
-)
 @exits_with_a_busy_thread
 @pytest.mark.parametrize(
     "end",
