@@ -53,13 +53,9 @@ sys.exit("-fsanitize=thread" not in sysconfig.get_config_var("CFLAGS"))'
 
 # The reports go to files: pytest keeps what a test that passes has written.
 without_gil() {
-    source=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("srcdir"))')
     rm -f "$work"/race.*
-    # CPython's own suppressions are in its source, which an installed one has not.
-    cat tests/tsan.supp "$source"/Tools/tsan/*.txt >"$work/tsan.supp" 2>/dev/null ||
-        echo "CPython's own races are reported, too: there is no $source/Tools/tsan"
     run env -u PYTHONMALLOC \
-        TSAN_OPTIONS="exitcode=66:die_after_fork=0:suppressions=$work/tsan.supp:log_path=$work/race" \
+        TSAN_OPTIONS="exitcode=66:die_after_fork=0:suppressions=$PWD/tests/tsan.supp:log_path=$work/race" \
         $pytest -m "not slow" \
         -k "$tsan_can and not kqueue and not gil_stays_off" \
         $(files cdoor fork freethreading signals storms stress threads watchdog) || {
