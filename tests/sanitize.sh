@@ -36,12 +36,14 @@ run() {  # variables, command
 }
 
 # Left out under TSan: tests that preload a library in place of the sanitizer's
-# (check_and_the_poll, system_call); those that don't allow it to hand on signals late or
-# as one (no_action_kills, no_signal_interrupts, embedded_in_asyncio, handler_that_adds);
-# and those of children that go on with the loop (goes_on, forks_beside_busy), where it
-# also knows no threads.  The handler of CPython's faulthandler changes errno, which it
-# reports as well.
-tsan_can="not check_and_the_poll and not system_call \
+# (check_and_the_poll, system_call, post_makes_room); those that don't allow it to hand
+# on signals late or as one (no_action_kills, no_signal_interrupts, embedded_in_asyncio,
+# handler_that_adds); those of children that go on with the loop (goes_on,
+# forks_beside_busy), where it also knows no threads; and the one that exchanges CPython's
+# allocator while other threads use it (no_object_is_made).  The handler of CPython's
+# faulthandler changes errno, which it reports as well.
+tsan_can="not check_and_the_poll and not system_call and not post_makes_room \
+    and not no_object_is_made \
     and not goes_on and not forks_beside_busy and not embedded_in_asyncio \
     and not no_signal_interrupts and not no_action_kills and not handler_that_adds \
     and not wakeup_fd_of_a_child and not blocks_in_c and not faulthandler_dumps"
