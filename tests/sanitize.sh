@@ -53,11 +53,13 @@ is_instrumented() {
 sys.exit("-fsanitize=thread" not in sysconfig.get_config_var("CFLAGS"))'
 }
 
-# The reports go to files: pytest keeps what a test that passes has written.
+# The reports go to files: pytest keeps what a test that passes has written.  A fork takes
+# the locks of all loops, more than TSan can look at for deadlocks.
 without_gil() {
     rm -f "$work"/race.*
+    options=exitcode=66:die_after_fork=0:detect_deadlocks=0
     run env -u PYTHONMALLOC \
-        TSAN_OPTIONS="exitcode=66:die_after_fork=0:suppressions=$PWD/tests/tsan.supp:log_path=$work/race" \
+        TSAN_OPTIONS="$options:suppressions=$PWD/tests/tsan.supp:log_path=$work/race" \
         $pytest -m "not slow" \
         -k "$tsan_can and not kqueue and not gil_stays_off" \
         $(files cdoor fork freethreading signals storms stress threads watchdog) || {
