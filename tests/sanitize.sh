@@ -39,11 +39,11 @@ run() {  # variables, command
 # (check_and_the_poll, system_call, post_makes_room); those that don't allow it to hand
 # on signals late or as one (no_action_kills, no_signal_interrupts, embedded_in_asyncio,
 # handler_that_adds); those of children that go on with the loop (goes_on,
-# forks_beside_busy), where it also knows no threads; and the one that exchanges CPython's
-# allocator while other threads use it (no_object_is_made).  The handler of CPython's
-# faulthandler changes errno, which it reports as well.
+# forks_beside_busy), where it also knows no threads; the one that exchanges CPython's
+# allocator while other threads use it (no_object_is_made); and the one that builds the
+# example.  The handler of CPython's faulthandler changes errno, which it reports as well.
 tsan_can="not check_and_the_poll and not system_call and not post_makes_room \
-    and not no_object_is_made \
+    and not no_object_is_made and not the_example \
     and not goes_on and not forks_beside_busy and not embedded_in_asyncio \
     and not no_signal_interrupts and not no_action_kills and not handler_that_adds \
     and not wakeup_fd_of_a_child and not blocks_in_c and not faulthandler_dumps"
@@ -54,10 +54,11 @@ sys.exit("-fsanitize=thread" not in sysconfig.get_config_var("CFLAGS"))'
 }
 
 # The reports go to files: pytest keeps what a test that passes has written.  A fork takes
-# the locks of all loops, more than TSan can look at for deadlocks.
+# the locks of all loops, more than TSan can look at for deadlocks.  What TSan forgets of
+# a thread's history can't be suppressed.
 without_gil() {
     rm -f "$work"/race.*
-    options=exitcode=66:die_after_fork=0:detect_deadlocks=0
+    options=exitcode=66:die_after_fork=0:detect_deadlocks=0:history_size=7
     run env -u PYTHONMALLOC \
         TSAN_OPTIONS="$options:suppressions=$PWD/tests/tsan.supp:log_path=$work/race" \
         $pytest -m "not slow" \
