@@ -2691,6 +2691,8 @@ cdef int _table_add(IOLoop loop, int fd, uint32_t events, ioloop_handler_v1 func
     try:
         loop.poller.add(fd, events, generation)
         added = True
+        if load(&loop.state) == CLOSED:  # by a Python poller, or by another thread
+            _loop_refuse(loop)
         while fd >= table.size:
             table.grow(max(<Py_ssize_t>fd + 1, 2 * table.size, 32))
     except BaseException:

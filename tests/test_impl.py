@@ -2,6 +2,7 @@
 that misbehave.  What is here runs with no kernel's help and is exact."""
 
 import fcntl
+import gc
 import io
 import operator
 import os
@@ -669,6 +670,27 @@ def test_an_impl_that_uses_the_loop_when_told_of_a_handler(scripted, fds):
     loop.add_handler(a, print, READ)
     loop.remove_handler(a)
     assert loop.stats()["handlers"] == 0
+
+
+def test_an_impl_that_closes_the_loop_when_told_of_a_handler():
+    """The handler is refused, and not kept."""
+
+    class Impl(ScriptedPoller):
+        def register(self, fd, events):
+            if fd == 50:
+                loop.close()
+
+    class Handler:
+        def __call__(self, fd, events):
+            pass
+
+    loop, handler = ioloop.IOLoop(impl=Impl()), Handler()
+    with pytest.raises(RuntimeError, match="closed"):
+        loop.add_handler(50, handler, READ)
+    reference = weakref.ref(handler)
+    del handler
+    gc.collect()
+    assert reference() is None
 
 
 @pytest.mark.row("D25")
