@@ -25,12 +25,14 @@ One iteration of the loop has five steps:
 What a step adds to itself runs in the next iteration: a callback that adds a
 callback, or a timeout that adds a timeout, can't starve the other steps.
 
+Every loop has a second face, an asyncio event loop: see `IOLoop.asyncio_loop`.
+
 Threads: a loop belongs to the thread that runs it.  `add_callback`,
-`add_callback_from_signal`, `spawn_callback`, `add_future`, `stop`, `time`,
-`running`, `stats` and `fileno` may be called from any thread; methods that say
-"Loop thread only" raise RuntimeError while another thread runs the loop.  Between runs
-any thread may call them; two calls at once are made one after the other, with or
-without the GIL.
+`add_callback_from_signal`, `spawn_callback`, `add_future`, `stop`, `time`, `running`,
+`stats`, `fileno` and `asyncio_loop` may be used in any thread; methods that say "Loop
+thread only" raise RuntimeError while another thread runs the loop.  Between runs any
+thread may call them; two calls at once are made one after the other, with or without
+the GIL.
 
 Signals: Python's signal handlers run in the main thread between the steps, at once,
 even when the loop sleeps.  They may call `add_callback` and `stop`.
@@ -48,6 +50,7 @@ even when the loop sleeps.  They may call `add_callback` and `stop`.
 #   Timeouts           heap, clock, cancellation; _timers_*, _clock_*, _heap_*
 #   PeriodicCallback   the second public class; _periodic_*
 #   Coroutines         futures and tasks; _future_*
+#   asyncio            the second face of a loop; _handle_*, _watch_*, _face_*
 #   File descriptors   registrations, paused handlers; _table_*, _handler_*
 #   Pollers            their contract; epoll, kqueue, select and Python's; _poller_*
 #   Watchdog           blocked loops and SIGALRM; _watchdog_*
@@ -75,9 +78,11 @@ even when the loop sleeps.  They may call `add_callback` and `stop`.
 #   muted       registered, not watched now    witness   a poller that tells files apart
 #
 # What it uses of CPython beyond the public API: PyThreadState.context, a type's tp_dict
-# (Fast methods), a context's mp_length, and its reference count as the sign that nobody
-# keeps it.  The limited API (stable ABI, abi3) does without the first three: look for
-# LIMITED_API.  Without the GIL, an object's ob_mutex in a forked child.
+# (Fast methods), PySignal_SetWakeupFd, a context's mp_length, and its reference count
+# as the sign that nobody keeps it.  The limited API (stable ABI, abi3) does without the
+# first four: look for LIMITED_API.  Without the GIL, an object's ob_mutex in a forked
+# child.  Of asyncio, what begins with one underscore: `make conformance` tells whether
+# it still fits.
 #
 # Without the GIL, the critical section of the loop takes its place: methods enter it,
 # and like the GIL it is left by whoever blocks.  The thread that runs the loop needs
@@ -91,7 +96,7 @@ even when the loop sleeps.  They may call `add_callback` and `stop`.
 import os
 import sys
 from _functools import partial
-from _thread import _local
+from _thread import RLock, _local
 from _weakref import ref
 from _contextvars import Context, copy_context
 import _signal
@@ -144,7 +149,7 @@ cdef extern from *:
     """
 
 __version__ = "0.1.0"
-__all__ = ["IOLoop", "PeriodicCallback", "TimeoutError"]
+__all__ = ["IOLoop", "PeriodicCallback", "TimeoutError", "new_event_loop"]
 
 TimeoutError = TimeoutError  # as in Tornado: what run_sync() raises
 
@@ -315,6 +320,8 @@ cdef class IOLoop(_Referable):
     cdef _Table table
     cdef _Queue queue
     cdef _Timers timers
+    cdef _Face face             # asyncio's view of this loop, if somebody wants it,
+    cdef bint runs_asyncio      # and it is asyncio's running loop
     cdef _Watchdog watchdog     # of this run, if there is a threshold,
     cdef int64_t threshold      # in nanoseconds; 0: none
     cdef bint by_signal         # which sends signals,
@@ -465,6 +472,7 @@ cdef class IOLoop(_Referable):
         cdef uint32_t mask = event_mask(events)
         cdef int number = fd_number(fd)
         _loop_check_thread(self)
+        _table_require(self, number)
         _table_update(self, number, mask)
 
     @cython.critical_section
@@ -481,7 +489,7 @@ cdef class IOLoop(_Referable):
         cdef int number = self.table.find(fd)
         if self.state != CLOSED:  # still, after fileno()
             _loop_check_thread(self)
-            if number >= 0 and number != self.queue.inbox.reader:
+            if _table_has(self, number):
                 _table_remove(self, number)
 
     @staticmethod
@@ -517,6 +525,19 @@ cdef class IOLoop(_Referable):
 
     def spawn_callback(self, callback, *args, **kwargs):
         """Like add_callback, in an empty context.  Any thread."""
+
+    @property
+    def asyncio_loop(self):
+        """This loop as an event loop of asyncio's, the other face of the same loop.
+
+        It is an `asyncio.SelectorEventLoop` whose callbacks, timers and file
+        descriptors are this loop's; its `ioloop` leads back.  It is made, and asyncio
+        imported, when it is first asked for, or when a coroutine is first run.  From
+        then on `asyncio.get_running_loop()` returns it in whatever this loop runs.
+        Either `stop()` ends a run of either, and either `close()` closes both.  Any
+        thread.  Source: Tornado 5.
+        """
+        return _face_of(self)
 
     def add_future(self, future, callback):
         """Call `callback(future)` in the loop once `future` is done.
@@ -611,36 +632,38 @@ cdef class IOLoop(_Referable):
 
         `func` is a plain function, or one that returns a coroutine or a future, which
         is waited for.  Raises what it raises, TimeoutError after `timeout` seconds,
-        RuntimeError if the loop was stopped before; what is not done by then is
-        cancelled.  May be called from any thread while the loop is not running.
+        RuntimeError if the loop was stopped before.  What is not done by then is
+        cancelled, and the loop runs until it is, or until another stop().  May be
+        called from any thread while the loop is not running.
         """
         cdef _Sync call
         cdef _Timeout limit = None
         cdef bint expired = False
         require_callable(func)
         call = _Sync(self, func)
-        queued = make_call(call.go_on, None, None, capture_context())
+        queued = make_call(call.begin, None, None, capture_context())
+        _loop_claim(self)
         try:
-            _loop_claim(self)
             try:
                 if timeout is not None:
                     limit = _timers_call(self, timeout, True, call.end, None, None)
                 self.queue.push(queued)
                 _loop_start(self)
+                if not call.done and call.has_result():
+                    call.take_result()  # it was stopped in the iteration of the result
             finally:
                 self.queue.take_back(queued)  # if it has not begun
                 if limit is not None:
                     expired = limit.timers == NULL  # it has run
                     _timers_cancel(limit)
-                _loop_release(self)
-        except BaseException:
-            call.give_up()
-            raise
+                if not call.done:
+                    call.give_up()
+        finally:
+            _loop_release(self)
         if call.error is not None:
             raise call.error
         if call.done:
             return call.value
-        call.give_up()
         if expired:
             raise TimeoutError(f"no result after {timeout} seconds")
         raise RuntimeError("IOLoop was stopped before the function was done")
@@ -692,10 +715,12 @@ cdef class IOLoop(_Referable):
     def close(self, all_fds=False):
         """Free the loop; `all_fds` closes every fd and object that has a handler.
 
-        Queued callbacks and timeouts are dropped.  A second call does nothing.  Raises
-        RuntimeError while the loop is running.  Any thread.
+        An fd that asyncio watches is asyncio's to close.  Queued callbacks and timeouts
+        are dropped.  A second call does nothing.  Raises RuntimeError while the loop is
+        running.  Any thread.
         """
         cdef list handlers = []
+        cdef _Face face = None
         with cython.critical_section(self):
             if self.state < OPEN:
                 return
@@ -709,6 +734,9 @@ cdef class IOLoop(_Referable):
             self.table.size = self.table.count = 0
             self.table.handlers = []
             _timers_clear(self)
+            if self.runs_asyncio and self.thread_id == get_thread_id():
+                _face_end(self.face)  # in a forked child
+            face, self.face = self.face, None
         if self.installed and _process.get("loop") is self:
             _process.pop("loop", None)
         if getattr(_threads, "loop", None) is self:
@@ -717,13 +745,17 @@ cdef class IOLoop(_Referable):
         while self.queue.pop() is not None:
             pass
         try:
-            self.poller.close()  # last, since that of a user may raise
+            self.poller.close()  # which may raise, if it is a user's
         finally:
-            for handler in handlers:
-                try:
-                    IOLoop.close_fd((<_Handler>handler).file)
-                except Exception:
-                    _report_exception(self, (<_Handler>handler).file)
+            try:
+                for handler in handlers:
+                    try:
+                        IOLoop.close_fd((<_Handler>handler).file)
+                    except Exception:
+                        _report_exception(self, (<_Handler>handler).file)
+            finally:
+                if face is not None:
+                    face.close()
 
     @cython.critical_section
     def reinit(self):
@@ -751,7 +783,7 @@ cdef class IOLoop(_Referable):
         return f"<{type(self).__name__} {name} at {<uintptr_t><void *>self:#x}>"
 
     def __del__(self):
-        if self.state == OPEN and not self.installed:
+        if self.state == OPEN and not self.installed and self.face is None:
             PyErr_ResourceWarning(self, 1, b"unclosed IOLoop at %p", <void *>self)
 
     # Errors and blocking
@@ -887,7 +919,8 @@ cdef int _loop_start(IOLoop loop) except -1:
         store(&loop.stopping, False)
 
 
-cdef int _loop_run(IOLoop loop, int64_t limit, bint once) except -1:
+cdef int _loop_run(IOLoop loop, int64_t limit, bint once,
+                   bint poll_first=False) except -1:
     """Iterate once, or until told to stop; borrow what a run needs, and return it."""
     try:
         loop.outer_loop = getattr(_threads, "loop", None)
@@ -896,11 +929,7 @@ cdef int _loop_run(IOLoop loop, int64_t limit, bint once) except -1:
         store(&loop.queue.inbox.asleep, 0)
         _watchdog_start(loop)
         loop.woken = read_clock()
-        while _run_iteration(loop, limit):
-            if once:
-                break
-        else:
-            store(&loop.stopping, False)
+        _loop_iterate(loop, limit, once, poll_first)
     finally:
         try:
             try:
@@ -911,6 +940,25 @@ cdef int _loop_run(IOLoop loop, int64_t limit, bint once) except -1:
         finally:
             _run_count_busy(loop, read_clock())
             _threads.loop, loop.outer_loop = loop.outer_loop, None
+
+
+cdef int _loop_iterate(IOLoop loop, int64_t limit, bint once,
+                       bint poll_first) except -1:
+    """Iterate; if it has a face, be the thread's running loop for asyncio."""
+    with cython.critical_section(loop):
+        face = loop.face
+    try:
+        if face is not None:
+            _face_begin(face)
+        if poll_first:
+            _run_events(loop, limit)
+        while _run_iteration(loop, limit):
+            if once:
+                return 0
+        store(&loop.stopping, False)
+    finally:
+        if loop.runs_asyncio:
+            _face_end(loop.face)
 
 
 # -- Helpers -------------------------------------------------------------------
@@ -1197,21 +1245,30 @@ cdef enum:
 
 cdef int _run_iteration(IOLoop loop, int64_t limit) except -1:
     """One iteration, waiting for at most `limit` ns; false if it was the last."""
-    cdef int n
     store64(&loop.iterations, loop.iterations + 1)
     store(&loop.queue.inbox.asleep, 0)
     store(&loop.alarms, 0)
-    _run_callbacks(loop)
-    if loop.timers.count:
-        _run_timeouts(loop)
+    try:
+        if loop.runs_asyncio:
+            loop.timers.begin_pass()  # what callbacks add is behind what they queued
+        _run_callbacks(loop)
+        if loop.timers.count:
+            _run_timeouts(loop)
+    finally:
+        loop.timers.end_pass()
     if load(&loop.stopping):
         return False
-    n = _run_poll(loop, limit)
-    if n:
-        _run_handlers(loop, n)
+    _run_events(loop, limit)
     if DEBUG:
         _verify(loop)
     return True
+
+
+cdef int _run_events(IOLoop loop, int64_t limit) except -1:
+    """Steps 4 and 5."""
+    cdef int n = _run_poll(loop, limit)
+    if n:
+        _run_handlers(loop, n)
 
 
 cdef int _run_callbacks(IOLoop loop) except -1:
@@ -1249,25 +1306,19 @@ cdef int _run_callbacks(IOLoop loop) except -1:
 cdef int _run_timeouts(IOLoop loop) except -1:
     """Step 2, the pass: the timeouts that are due at one reading of the clock."""
     cdef _Timers timers = loop.timers
-    cdef int64_t now = timers.now()
-    if timers.count == 0 or timers.heap[0].deadline > now:
-        return 0
-    timers.pass_time, timers.passing = now, True
-    try:
-        while timers.count and timers.heap[0].deadline <= now:
-            called = timers.release(timers.extract(0))
-            timers.count_run += 1
-            if type(called) is _CTimer:
-                try:
-                    (<_CTimer>called).function(loop, (<_CTimer>called).arg)
-                except Exception:
-                    _report_exception(loop, (<_CTimer>called).owner)
-            else:
-                _run_call(loop, called)
-            called = None  # its destructor may cancel the next one
-    finally:
-        timers.passing = False
-        timers.add_deferred()
+    if not timers.passing:
+        timers.begin_pass()
+    while timers.count and timers.heap[0].deadline <= timers.pass_time:
+        called = timers.release(timers.extract(0))
+        timers.count_run += 1
+        if type(called) is _CTimer:
+            try:
+                (<_CTimer>called).function(loop, (<_CTimer>called).arg)
+            except Exception:
+                _report_exception(loop, (<_CTimer>called).owner)
+        else:
+            _run_call(loop, called)
+        called = None  # its destructor may cancel the next one
 
 
 cdef int _run_poll(IOLoop loop, int64_t limit) except -1:
@@ -1282,7 +1333,7 @@ cdef int _run_poll(IOLoop loop, int64_t limit) except -1:
         return n
     if not _run_has_work(loop):
         wait = loop.timers.time_left(limit)
-    elif not poller.foreign:
+    elif not poller.foreign and not (loop.runs_asyncio and loop.table.count > 1):
         calls, coarse_time = loop.queue.count_run(), read_clock(CLOCK_COARSE)
         if (calls - loop.calls_at_poll < CALLBACKS_PER_POLL
                 and coarse_time == loop.coarse_time):
@@ -1415,6 +1466,8 @@ cdef int _run_call(IOLoop loop, object called) except -1:
             entered = <PyObject *>context
         result = call(entered, <PyObject *>callback, <PyObject *>(<_Call>called).args,
                       <PyObject *>(<_Call>called).kwargs)
+    elif type(called) is _Handle or type(called) is _TimerHandle:
+        return _handle_run(loop, <_Handle>called)
     else:
         result = call0(entered, <PyObject *>callback)
     try:
@@ -1779,6 +1832,24 @@ cdef void _inbox_close(_Inbox *inbox) noexcept nogil:
 # own byte is 0; any other is the number of a signal, and is passed on to the outer
 # wakeup fd, which would have got it without the loop.
 
+cdef extern from *:
+    """
+    /* signal.set_wakeup_fd() looks at the fd, which takes a microsecond, but before
+     * CPython 3.13 there is nothing else for a module. */
+    static int ioloop_is_wakeup_fd(int fd)
+    {
+    #if PY_VERSION_HEX >= 0x030d0000 && !defined(Py_LIMITED_API)
+        int found = PySignal_SetWakeupFd(fd);
+        if (found == fd)
+            return 1;
+        PySignal_SetWakeupFd(found);
+    #endif
+        (void)fd;
+        return 0;
+    }
+    """
+    bint is_wakeup_fd "ioloop_is_wakeup_fd"(int fd)     # false if nobody can tell
+
 cdef int _waker_open(_Inbox *inbox) except -1:
     """Make the pipe; in a forked child, make a new one."""
     cdef int fds[2]
@@ -1864,6 +1935,8 @@ cdef int _waker_drain(object loop, int fd, uint32_t events, void *arg) except -1
 cdef bint _wakeup_take(IOLoop loop) except -1:
     """Make the pipe the wakeup fd, and serve the one found; false if it was ours."""
     cdef int found
+    if loop.has_wakeup_fd and is_wakeup_fd(loop.queue.inbox.writer):
+        return False
     try:
         found = _wakeup_swap(loop.queue.inbox.writer, loop.has_wakeup_fd)
     except ValueError:
@@ -1940,8 +2013,8 @@ cdef class _Timers:
     cdef uint64_t count_run
     cdef int64_t offset             # of the wall clock, as long as nobody sets it
     cdef unsigned long thread_id    # the same as the loop's
-    cdef bint passing               # step 2 runs
-    cdef int64_t pass_time          # its reading of the clock
+    cdef bint passing               # a pass has begun,
+    cdef int64_t pass_time          # at this time
     cdef bint closed
 
     def __cinit__(self, _Queue queue not None, time_func):
@@ -1950,15 +2023,19 @@ cdef class _Timers:
 
     def __dealloc__(self):
         cdef Py_ssize_t i
-        self.add_deferred()
+        self.end_pass()
         for i in range(self.count):
             store_object(&(<_Timeout>self.heap[i].timeout).timers, NULL)
             Py_XDECREF(self.heap[i].timeout)
         free(self.heap)
         free(self.free_keys)
 
+    cdef inline bint is_ours(self) noexcept:
+        """Whether this thread runs the loop, or none does."""
+        return self.thread_id == 0 or self.thread_id == get_thread_id()
+
     cdef int check_thread(self) except -1:
-        if self.thread_id != 0 and self.thread_id != get_thread_id():
+        if not self.is_ours():
             raise RuntimeError("IOLoop runs in another thread")
 
     # The clock
@@ -2035,8 +2112,14 @@ cdef class _Timers:
                 _timers_cancel(timeout)
                 raise
 
-    cdef void add_deferred(self) noexcept:
-        """After the pass: insert what it was not to run."""
+    cdef int begin_pass(self) except -1:
+        """From now on, what is added and due already is deferred to the next pass."""
+        self.pass_time = self.now() if self.count else INT64_MIN
+        self.passing = True
+
+    cdef inline void end_pass(self) noexcept:
+        """Enter what was deferred into the heap."""
+        self.passing = False
         while self.deferred:
             entry = self.heap[self.capacity - self.deferred]
             self.deferred -= 1
@@ -2196,7 +2279,7 @@ cdef int _timers_cancel(_Timeout timeout) except -1:
 
 cdef int _timers_clear(IOLoop loop) except -1:
     cdef _Timeout timeout  # kept alive while it is cancelled
-    loop.timers.add_deferred()
+    loop.timers.end_pass()
     while loop.timers.count:
         timeout = <_Timeout>loop.timers.heap[loop.timers.count - 1].timeout
         _timers_cancel(timeout)
@@ -2420,12 +2503,16 @@ cdef object _future_of(IOLoop loop, object result):
         return None
     if class_has(result, "add_done_callback"):
         return result
-    if class_has(result, "__await__"):
-        return _Task(loop, result.__await__())
     # 0x100: inspect's flag for what types.coroutine() made
-    if type(result) is _generator and <int>result.gi_code.co_flags & 0x100:
-        return _Task(loop, result)
+    if class_has(result, "__await__") or (
+            type(result) is _generator and <int>result.gi_code.co_flags & 0x100):
+        from asyncio import ensure_future
+        return ensure_future(result, loop=_face_of(loop))
     return None
+
+
+cdef bint _future_is_cancelled(object future) except -1:
+    return class_has(future, "cancelled") and future.cancelled()
 
 
 def _future_relay(IOLoop loop not None, callback, context, future):
@@ -2449,143 +2536,738 @@ def _future_follow(IOLoop loop not None, callback, result, _Handler handler):
 def _future_conclude(IOLoop loop not None, callback, awaited, _Handler handler, future):
     """Report the exception of a future that is done; resume its handler."""
     try:
-        if not (class_has(future, "cancelled") and future.cancelled()):
+        if not _future_is_cancelled(future):
             future.result()
     except Exception:
         _report_exception(loop, callback)
+    except (KeyboardInterrupt, SystemExit):
+        if not class_has(future, "get_coro"):
+            raise  # that of a task has left the run already
     finally:
         if handler is not None and handler.pending is awaited:
             _handler_resume(loop, handler)
 
 
-def _future_steps(iterator):  # which may have no send() and throw()
-    return (yield from iterator)
-
-
-@cython.final
-cdef class _Task:
-    """A coroutine in progress, and the future of its result.
-
-    It may await None, until the next iteration, or a future; its context is one.
-    """
-    cdef object __weakref__
-    cdef IOLoop loop
-    cdef object steps, value, error, context
-    cdef uint64_t waits         # so far: what it waits for now has this number
-    cdef bint finished, dropped
-    cdef object on_done
-
-    def __cinit__(self, IOLoop loop not None, steps):
-        self.loop = loop
-        self.steps = steps if hasattr(steps, "send") else _future_steps(steps)
-        self.context = capture_context() or Context()
-        self.enqueue(self)
-
-    cdef int enqueue(self, function) except -1:
-        return self.loop.queue.push(make_call(function, None, None, self.context))
-
-    def __call__(self, wait=None, future=None, error=None):
-        """Take a step, with the result of the future that was awaited, or an error."""
-        if self.finished or (wait is not None and wait != self.waits):
-            return  # it was told twice
-        self.waits += 1
-        value = None
-        if future is not None:
-            try:
-                value = future.result()
-            except BaseException as raised:
-                error = raised
-        try:
-            if error is None:
-                awaited = self.steps.send(value)
-            else:
-                awaited = self.steps.throw(error)
-        except StopIteration as stop:
-            self._finish(stop.value, None)
-        except Exception as raised:
-            self._finish(None, raised)
-        except BaseException:
-            self.dropped = True  # leaving start() reports it, once
-            self._finish(None, None)
-            raise
-        else:
-            self._wait_for(self.waits, awaited)
-
-    def _wait_for(self, wait, awaited):
-        if awaited is None:
-            self.enqueue(self)
-        elif wait == self.waits:
-            try:
-                if not class_has(awaited, "add_done_callback"):
-                    raise TypeError(f"a coroutine on an IOLoop can't await {awaited!r}")
-                awaited.add_done_callback(partial(
-                    _future_relay, self.loop, partial(self, wait), self.context))
-            except Exception as error:
-                self.enqueue(partial(self, wait, None, error))
-            except BaseException:
-                # Nobody knows whether it was added: try again.
-                self.enqueue(partial(self._wait_for, wait, awaited))
-                raise
-
-    def _finish(self, value, error):
-        self.finished, self.value, self.error = True, value, error
-        on_done, self.on_done = self.on_done, None
-        if on_done is not None:
-            on_done(self)
-
-    def add_done_callback(self, callback):
-        self.on_done = callback  # there is just one, from the beginning
-
-    def done(self): return self.finished
-
-    def cancel(self):
-        if not self.finished:
-            self.finished = self.dropped = True
-            self.on_done = None
-            self.steps.close()
-
-    def cancelled(self): return self.dropped
-
-    def result(self):
-        if self.error is not None:
-            raise self.error
-        return self.value
-
-
 @cython.final
 cdef class _Sync:
+    """The function that run_sync() waits for."""
     cdef IOLoop loop
     cdef object func, future, value, error
-    cdef bint done, over
+    cdef bint done, cancelling, over
 
     def __cinit__(self, IOLoop loop not None, func):
         self.loop, self.func = loop, func
 
-    def go_on(self, future=None):
-        """Call the function, or take the result of its future, and stop the loop."""
+    def begin(self):
         if self.over:
             return
         try:
-            self.value = self.func() if future is None else future.result()
-            if future is None:
-                self.future = _future_of(self.loop, self.value)
-                if self.future is not None:
-                    return self.loop.add_future(self.future, self.go_on)
+            self.value = self.func()
+            self.future = _future_of(self.loop, self.value)
+            if self.future is not None:
+                return self.loop.add_future(self.future, self.conclude)
         except Exception as error:
             self.error = error
         self.done = True
         self.end()
 
+    def conclude(self, future):
+        """Take the result of the future, or report what its cancellation raised."""
+        if self.done or self.over:
+            return
+        self.end()
+        if self.cancelling:
+            _future_conclude(self.loop, self.func, None, None, future)
+        else:
+            self.take_result()
+
     def end(self):
         IOLoop.stop(self.loop)
 
-    def give_up(self):
-        self.over = True
+    cdef bint has_result(self) except -1:
+        return class_has(self.future, "done") and self.future.done()
+
+    cdef int take_result(self) except -1:
+        self.done = True
         try:
-            if class_has(self.future, "cancel"):
-                self.future.cancel()
+            self.value = self.future.result()
+        except BaseException as error:
+            if not (isinstance(error, Exception) or _future_is_cancelled(self.future)):
+                raise
+            self.error = error
+
+    cdef int give_up(self) except -1:
+        """Cancel the future, and run the loop until it is cancelled."""
+        self.cancelling = True
+        try:
+            if load(&self.loop.state) != OPEN:
+                pass  # in a forked child, where all is the parent's
+            elif self.has_result():
+                _future_conclude(self.loop, self.func, None, None, self.future)
+            elif class_has(self.future, "cancel") and self.future.cancel() is True:
+                if not self.has_result():
+                    _loop_start(self.loop)
         except Exception:
             _report_exception(self.loop, self.func)
+        finally:
+            self.over = True
+
+
+# -- asyncio -------------------------------------------------------------------
+# The second face of a loop: an event loop of asyncio's.  Callbacks, timers, files,
+# signals and running are the loop's own; transports, TLS, DNS, processes and executors
+# are inherited from asyncio's class.  Four rules keep asyncio's order, which its
+# programs rely on:
+#
+#   an event queues the handle of its fd, behind what was queued before the poll;
+#   a timeout added by a callback, though due, is behind what that has queued;
+#   every iteration polls, if there are files: `await sleep(0)` lets I/O happen;
+#   run_forever() polls before it does anything else, even after stop().
+#
+# asyncio's word for a call is handle.  Ours is no subclass of asyncio's, but says so in
+# __class__, which isinstance() and super() believe, so asyncio's own methods make its
+# repr(), and asyncio need not be imported for the class to exist.
+
+
+_asyncio = {}  # "EventLoop": the class of all faces, once asyncio is needed
+
+
+cdef class _Handle(_Referable):
+    """What `call_soon` returns, an `asyncio.Handle`."""
+    cdef readonly _Face _loop
+    cdef readonly object _source_traceback  # in debug mode: where it was made,
+    cdef object description                 # and its repr() before it was cancelled
+    cdef object callback, args              # None: cancelled; no arguments
+    cdef object context                     # None: an empty one
+    cdef int is_cancelled
+    cdef object lock                        # None, or held to run it and to cancel it
+
+    def __init__(self):
+        raise TypeError("a handle is made by an event loop")
+
+    @property
+    def __class__(self):
+        from asyncio import events
+        return events.Handle if self.lock is None else events._ThreadSafeHandle
+
+    def __repr__(self): return self.__class__.__repr__(self)
+
+    def _repr_info(self): return self.__class__._repr_info(self)
+
+    def cancel(self):
+        """Cancel the callback, unless it has begun.  Any thread."""
+        _handle_cancel(self)
+
+    def cancelled(self):
+        """Return whether it was cancelled."""
+        if self.lock is not None:
+            with self.lock:
+                return self._cancelled
+        return self._cancelled
+
+    @cython.critical_section
+    def get_context(self):
+        """Return the context that the callback runs in."""
+        if self.context is None:
+            self.context = Context()
+        return self.context
+
+    # What asyncio's debug mode, its tests and other libraries look at.
+
+    def _run(self):
+        if self._loop is not None:
+            self.get_context()  # its own, since somebody may be in the empty one
+            _handle_run(self._loop.ioloop, self)
+
+    @property
+    def _cancelled(self): return bool(load(&self.is_cancelled))
+
+    @property
+    def _context(self): return self.get_context()
+
+    @property
+    def _callback(self):
+        with cython.critical_section(self):
+            return self.callback
+
+    @property
+    def _args(self):
+        with cython.critical_section(self):
+            return () if self.args is None and self.callback is not None else self.args
+
+    @property
+    def _repr(self):
+        with cython.critical_section(self):
+            return self.description
+
+
+@cython.final
+cdef class _TimerHandle(_Handle):
+    """What `call_at` and `call_later` return, an `asyncio.TimerHandle`."""
+    cdef readonly double _when
+    cdef _Timeout timeout
+
+    @property
+    def __class__(self):
+        from asyncio import events
+        return events.TimerHandle
+
+    def cancel(self):
+        """Cancel the callback, unless it has begun.  Any thread."""
+        _handle_cancel(self)
+        if self.timeout is not None:
+            # From another thread it stays, and calls nothing.
+            guard = _timers_guard(load_object(&self.timeout.timers))
+            with cython.critical_section(guard):
+                if guard is not None and self.timeout.timers != NULL and (
+                        (<_Timers>self.timeout.timers).is_ours()):
+                    _timers_cancel(self.timeout)
+
+    def when(self):
+        """Return when it is due, in seconds on the clock of the loop's time()."""
+        return self._when
+
+    def __richcmp__(self, other, int op):
+        name = ("__lt__", "__le__", "__eq__", "__ne__", "__gt__", "__ge__")[op]
+        return getattr(self.__class__, name)(self, other)
+
+    def __hash__(self): return hash(self._when)
+
+    @property
+    def _scheduled(self):
+        return self.timeout is not None and load_object(&self.timeout.timers) != NULL
+
+
+cdef inline int _handle_fill(_Handle handle, _Face face, object callback, tuple args,
+                             object context) except -1:
+    handle._loop, handle.callback, handle.args = face, callback, args or None
+    handle.context = capture_context() if context is None else context
+    if face._debug:
+        from asyncio.format_helpers import extract_stack
+        handle._source_traceback = extract_stack(sys._getframe())
+
+
+cdef inline _Handle _handle_make(_Face face, object callback, tuple args,
+                                 object context):
+    handle = <_Handle>_Handle.__new__(_Handle)
+    _handle_fill(handle, face, callback, args, context)
+    return handle
+
+
+cdef int _handle_cancel(_Handle handle) except -1:
+    if handle.lock is not None:
+        with handle.lock:  # while the callback runs in another thread, wait for it
+            return _handle_clear(handle)
+    return _handle_clear(handle)
+
+
+cdef int _handle_clear(_Handle handle) except -1:
+    cdef _Section section
+    if swap(&handle.is_cancelled, True):
+        return 0
+    description = None
+    try:
+        if handle._loop is not None and handle._loop._debug:
+            description = repr(handle)
+    finally:
+        enter(&section, handle)
+        callback, args = handle.callback, handle.args
+        handle.callback = handle.args = None
+        handle.description = description
+        leave(&section)
+        del callback, args  # not earlier: their destructors may do anything
+
+
+cdef int _handle_run(IOLoop loop, _Handle handle) except -1:
+    """Run a call of asyncio's, whose exceptions go to asyncio's hook."""
+    if handle.lock is not None:
+        with handle.lock:
+            return _handle_run_timed(loop, handle)
+    return _handle_run_timed(loop, handle)
+
+
+cdef inline int _handle_run_timed(IOLoop loop, _Handle handle) except -1:
+    """In debug mode, warn if it takes long."""
+    cdef _Face face = handle._loop
+    cdef int64_t before, spent
+    if not face._debug:
+        return _handle_call(loop, handle)
+    before = read_clock()
+    face._current_handle = handle
+    try:
+        _handle_call(loop, handle)
+    finally:
+        face._current_handle = None
+        spent = read_clock() - before
+        if spent >= face.slow_callback_duration * SECOND:
+            from asyncio.base_events import _format_handle, logger as asyncio_logger
+            asyncio_logger.warning("Executing %s took %.3f seconds",
+                                   _format_handle(handle), spent / 1e9)
+
+
+cdef int _handle_call(IOLoop loop, _Handle handle) except -1:
+    cdef _Section section
+    cdef PyObject *context
+    cdef PyObject *result
+    cdef bint in_empty
+    enter(&section, handle)
+    callback, args, context = handle.callback, handle.args, <PyObject *>handle.context
+    leave(&section)
+    if callback is None:
+        return 0  # it was cancelled
+    in_empty = context == <PyObject *>None
+    if in_empty:
+        context = <PyObject *>loop.empty_context
+    if args is None:
+        result = call0(context, <PyObject *>callback)
+    else:
+        result = call(context, <PyObject *>callback, <PyObject *>args, <PyObject *>None)
+    if result == NULL:
+        return _handle_report(loop, handle, callback, args or (), in_empty)
+    Py_XDECREF(result)
+    if in_empty:
+        _handle_keep_context(loop, handle)
+
+
+cdef inline int _handle_keep_context(IOLoop loop, _Handle handle) except -1:
+    """What a callback sets in an empty context is there when it is called again."""
+    if not is_unused(<PyObject *>loop.empty_context):
+        used, loop.empty_context = loop.empty_context, Context()
+        if handle.context is None:
+            handle.context = used
+
+
+cdef int _handle_report(IOLoop loop, _Handle handle, object callback, tuple args,
+                        bint in_empty) except -1:
+    try:
+        try:
+            raise_pending()
+        finally:
+            if in_empty:
+                _handle_keep_context(loop, handle)  # in which the hook is called
+    except (SystemExit, KeyboardInterrupt):
+        raise  # out of the run
+    except BaseException as error:
+        from asyncio.format_helpers import _format_callback_source as describe
+        # Newer versions leave the arguments out, except in debug mode.
+        options = {"debug": handle._loop._debug} if describe.__kwdefaults__ else {}
+        source = describe(callback, args, **options)
+        report = {"message": f"Exception in callback {source}", "exception": error,
+                  "handle": handle}
+        if handle._source_traceback:
+            report["source_traceback"] = handle._source_traceback
+        handle._loop.call_exception_handler(report)
+
+
+@cython.final
+cdef class _Watch:
+    """The reader and the writer of an fd, and a selector's key for it."""
+    cdef _Handle reader, writer
+
+    @property
+    def events(self): return (self.reader is not None) | (self.writer is not None) << 1
+
+
+@cython.final
+cdef class _Selector:
+    """What asyncio's transports and close() need of a selector."""
+    cdef IOLoop loop
+
+    def __cinit__(self, IOLoop loop not None):
+        self.loop = loop
+
+    def get_key(self, fd):
+        cdef int number = _watch_number(fd)
+        with cython.critical_section(self.loop):  # a transport's repr(): any thread
+            watch = _watch_find(self.loop, number)
+        if watch is None:
+            raise KeyError(fd)
+        return watch
+
+    def close(self):
+        IOLoop.close(self.loop)
+
+
+@cython.no_gc_clear
+cdef class _Face:
+    """Our half of an asyncio event loop, the first base of its class."""
+    cdef readonly IOLoop ioloop     # never None
+    cdef public bint _debug, _closed
+    cdef int ready                  # __init__() is done
+    cdef bint locks_handles         # of call_soon_threadsafe(), as CPython 3.14 does
+    cdef object outer, outer_task, outer_hooks  # asyncio's loop before this run
+
+    def __cinit__(self, IOLoop loop not None):
+        _loop_check_open(loop)
+        self.ioloop, self._closed = loop, True
+
+    def __init__(self, loop):
+        from asyncio import events
+        self.locks_handles = hasattr(events, "_ThreadSafeHandle")
+        super().__init__(_Selector(loop))
+        store(&self.ready, True)
+
+    # Callbacks and timers
+
+    def call_soon(self, callback, *args, context=None):
+        """Call `callback(*args)` in the next iteration; return its handle."""
+        _face_check(self, callback, "call_soon")
+        handle = _handle_make(self, callback, args, context)
+        self.ioloop.queue.push(handle)
+        return handle
+
+    def call_soon_threadsafe(self, callback, *args, context=None):
+        """Like call_soon, from any thread and from a signal handler."""
+        _face_check(self, callback, "call_soon_threadsafe", any_thread=True)
+        handle = _handle_make(self, callback, args, context)
+        if self.locks_handles:
+            handle.lock = RLock()
+        self.ioloop.queue.push(handle)
+        return handle
+
+    def time(self):
+        """Return the time in seconds on the clock of call_at()."""
+        return <double>self.ioloop.timers.now() / SECOND
+
+    def call_later(self, delay, callback, *args, context=None):
+        """Call `callback(*args)` after `delay` seconds; return its handle."""
+        cdef int64_t deadline
+        cdef double when
+        if delay is None:
+            raise TypeError("delay must not be None")
+        deadline = add_times(self.ioloop.timers.now(), nanoseconds(delay, True))
+        when = <double>deadline / SECOND if deadline < INT64_MAX else HUGE_VAL
+        _face_check(self, callback, "call_later")
+        return _face_call_at(self, deadline, when, callback, args, context)
+
+    def call_at(self, when, callback, *args, context=None):
+        """Call `callback(*args)` at a time in seconds of time(); return its handle."""
+        cdef int64_t deadline
+        if when is None:
+            raise TypeError("when cannot be None")
+        deadline = nanoseconds(when, True)
+        _face_check(self, callback, "call_at")
+        return _face_call_at(self, deadline, when, callback, args, context)
+
+    # Files
+
+    def _add_reader(self, fd, callback, *args, context=None):
+        return _watch_set(self, fd, READ, callback, args, context)
+
+    def _add_writer(self, fd, callback, *args, context=None):
+        return _watch_set(self, fd, WRITE, callback, args, context)
+
+    def _remove_reader(self, fd): return _watch_clear(self, fd, READ)
+
+    def _remove_writer(self, fd): return _watch_clear(self, fd, WRITE)
+
+    # Running
+
+    def run_forever(self):
+        """Run until stop() is called, here or on the IOLoop."""
+        self._check_closed()
+        self._check_running()
+        _loop_claim(self.ioloop)
+        try:
+            _loop_run(self.ioloop, INT64_MAX, False, True)
+        finally:
+            store(&self.ioloop.stopping, False)
+            _loop_release(self.ioloop)
+
+    def stop(self):
+        """End the run after this iteration; before a run, let it make just one."""
+        if not self._closed:
+            IOLoop.stop(self.ioloop)
+
+    def is_running(self):
+        """Return whether the loop is running, through whichever of its faces."""
+        return bool(load(&self.ready)) and IOLoop.running(self.ioloop)
+
+    # What asyncio's own methods call
+
+    def _ensure_fd_no_transport(self, fd):
+        # For an fd that is free, asyncio's raises and catches a KeyError, which takes
+        # half the time of remove_reader().
+        if type(fd) is not int or fd in self._transports.data:
+            super()._ensure_fd_no_transport(fd)
+
+    def _add_callback(self, _Handle handle not None):
+        if handle._loop is None:
+            raise TypeError("a handle is made by an event loop")
+        if not load(&handle.is_cancelled):
+            self.ioloop.queue.push(handle)
+
+    def _write_to_self(self):
+        _waker_wake(self.ioloop.queue)
+
+    def _make_self_pipe(self):
+        self._ssock = self._csock = None  # the waker does it
+        self._internal_fds += 1
+
+    def _close_self_pipe(self):
+        self._internal_fds -= 1
+
+    def _begin(self):
+        _face_begin(self)
+
+
+def _face_class():
+    """The class of all faces, made when asyncio is first needed."""
+    if "EventLoop" in _asyncio:
+        return _asyncio["EventLoop"]
+    from asyncio import SelectorEventLoop
+    # To receive anything, a transport takes 256 KiB of memory.  glibc's malloc() maps
+    # and unmaps a block of that size, until a larger one has been freed.
+    bytes(1 << 20)
+
+    class EventLoop(_Face, SelectorEventLoop):
+        """An IOLoop as an event loop of asyncio's: see IOLoop.asyncio_loop."""
+        __module__, __qualname__ = __name__, "EventLoop"
+
+        # In this loop Python's signal handlers run at once, so one that queues the
+        # callback will do.  The signal wakeup fd is the IOLoop's.
+
+        def add_signal_handler(self, sig, callback, *args):
+            """Call `callback(*args)` in the loop when the signal comes."""
+            self._check_callback(callback, "add_signal_handler")
+            self._check_signal(sig)
+            self._check_closed()
+            before = self._signal_handlers.get(sig)
+            self._signal_handlers[sig] = _handle_make(self, callback, args, None)
+            try:
+                _signal.signal(sig, partial(_face_on_signal, ref(self)))
+                _signal.siginterrupt(sig, False)
+            except BaseException as error:
+                if before is None:
+                    del self._signal_handlers[sig]
+                else:
+                    self._signal_handlers[sig] = before
+                if isinstance(error, ValueError):  # not in the main thread
+                    raise RuntimeError(str(error)) from None
+                if isinstance(error, OSError) and error.errno == EINVAL:
+                    raise RuntimeError(f"sig {sig} cannot be caught") from None
+                raise
+
+        def remove_signal_handler(self, sig):
+            """Restore the default handler; return whether there was a callback."""
+            self._check_signal(sig)
+            if sig not in self._signal_handlers:
+                return False
+            fd = _wakeup_swap(-1, True)
+            try:
+                return super().remove_signal_handler(sig)
+            finally:
+                _wakeup_swap(fd, True)
+
+        def __del__(self):
+            loop = (<_Face>self).ioloop
+            # The process's loop is never closed, and a face that was not its loop's has
+            # nothing to close.
+            if loop.face is self and not loop.installed:
+                super().__del__()
+
+    return _asyncio.setdefault("EventLoop", EventLoop)
+
+
+def _face_on_signal(face, signum, frame):
+    face = face()  # a weak reference: a signal's handler doesn't keep the loop alive
+    if face is not None:
+        face._handle_signal(signum)
+
+
+cdef _Face _face_of(IOLoop loop):
+    """The loop's face, which begins in this run, if the loop is running."""
+    cdef _Face made, face
+    cdef unsigned long thread_id = 0
+    _loop_check_open(loop)
+    with cython.critical_section(loop):
+        face = loop.face
+    if face is not None:
+        return face
+    made = _face_class()(loop)
+    from asyncio import _get_running_loop
+    with cython.critical_section(loop):
+        if loop.face is None and loop.state == OPEN:
+            loop.face, thread_id = made, loop.thread_id
+        face = loop.face
+    if face is not made:
+        _loop_check_open(loop)  # another thread was quicker, or has closed the loop
+    elif thread_id == get_thread_id() and _get_running_loop() is None:
+        _face_begin(face)
+    elif thread_id:  # of another thread, or this callback runs another loop
+        loop.queue.push(face._begin)
+    return face
+
+
+cdef inline int _face_check(_Face face, object callback, str method,
+                            bint any_thread=False) except -1:
+    """What asyncio checks when it is given a callback; in debug mode, more."""
+    if face._closed:
+        raise RuntimeError("Event loop is closed")
+    _loop_check_open(face.ioloop)
+    if face._debug and not any_thread:
+        face._check_thread()
+    if face._debug or not callable(callback):
+        face._check_callback(callback, method)
+
+
+cdef object _face_call_at(_Face face, int64_t deadline, double when, object callback,
+                          tuple args, object context):
+    cdef IOLoop loop = face.ioloop
+    cdef _Section section
+    handle = <_TimerHandle>_TimerHandle.__new__(_TimerHandle)
+    _handle_fill(handle, face, callback, args, context)
+    handle._when = when
+    enter(&section, loop)
+    try:
+        _loop_check_thread(loop)
+        handle.timeout = loop.timers.add(deadline, handle)
+    finally:
+        leave(&section)
+    return handle
+
+
+cdef int _face_begin(_Face face) except -1:
+    """Be the thread's running loop for asyncio, in place of an outer one."""
+    from asyncio import events, tasks
+    cdef IOLoop loop = face.ioloop
+    if loop.runs_asyncio:
+        return 0
+    face.outer_hooks = sys.get_asyncgen_hooks()
+    face.outer, face.outer_task = events._get_running_loop(), None
+    loop.runs_asyncio = True
+    if (face.outer is not None and tasks.current_task(face.outer) is not None
+            and hasattr(tasks, "_swap_current_task")):  # from CPython 3.12 on
+        face.outer_task = tasks._swap_current_task(face.outer, None)
+    events._set_running_loop(face)
+    sys.set_asyncgen_hooks(face._asyncgen_firstiter_hook, face._asyncgen_finalizer_hook)
+    face._thread_id = get_thread_id()
+    face._set_coroutine_origin_tracking(face._debug)
+
+
+cdef int _face_end(_Face face) except -1:
+    """Restore what _face_begin() found."""
+    from asyncio import events, tasks
+    face.ioloop.runs_asyncio = False
+    face._thread_id = None
+    sys.set_asyncgen_hooks(*face.outer_hooks)
+    events._set_running_loop(face.outer)
+    if face.outer_task is not None:
+        tasks._swap_current_task(face.outer, face.outer_task)
+    face.outer = face.outer_task = face.outer_hooks = None
+    # Last, since it is Python code, in which a signal's handler may raise.
+    face._set_coroutine_origin_tracking(False)
+
+
+cdef int _watch_number(object file) except -1:
+    """The int in `file`, by the rules of asyncio's selectors."""
+    cdef object number = file
+    try:
+        if not isinstance(file, int):
+            number = int(file.fileno())
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"Invalid file object: {file!r}") from None
+    if not 0 <= number <= INT_MAX:
+        raise ValueError(f"Invalid file descriptor: {number}")
+    return number
+
+
+cdef _Watch _watch_find(IOLoop loop, int fd):
+    """Who reads and writes an fd for asyncio, or None."""
+    slot = loop.table.slot(fd)
+    if slot == NULL or slot.function != _watch_ready:
+        return None
+    return <_Watch>slot.arg
+
+
+cdef object _watch_set(_Face face, object fd, uint32_t event, object callback,
+                       tuple args, object context):
+    """Make an event of an fd queue a new handle, in place of its present one."""
+    cdef IOLoop loop = face.ioloop
+    cdef int number
+    cdef uint32_t events = event
+    cdef _Watch watch
+    _face_check(face, callback, "add_reader or add_writer", any_thread=True)
+    number = _watch_number(fd)
+    handle = _handle_make(face, callback, args, context)
+    with cython.critical_section(loop):
+        _loop_check_thread(loop)
+        watch = _watch_find(loop, number)
+        if watch is not None:
+            events = loop.table.slot(number).events | event
+            if events != event and loop.poller.has_lost(number):
+                watch = None  # it was another file's, and so was the other handle
+        if watch is not None:
+            _table_update(loop, number, events)
+        else:
+            watch = _Watch.__new__(_Watch)
+            _table_add(loop, number, event, _watch_ready, <void *>watch,
+                       _Handler.__new__(_Handler, number, watch, None))
+        if event == READ:
+            old, watch.reader = watch.reader, handle
+        else:
+            old, watch.writer = watch.writer, handle
+    if old is not None:
+        _handle_cancel(old)
+    return handle
+
+
+cdef object _watch_clear(_Face face, object fd, uint32_t event):
+    """Forget an fd's reader or writer; return whether there was one."""
+    cdef IOLoop loop = face.ioloop
+    cdef _Handle old = None
+    cdef _Watch watch
+    cdef int number
+    if face._closed:
+        return False
+    try:
+        number = _watch_number(fd)
+    except ValueError:
+        return False  # such as a closed socket
+    with cython.critical_section(loop):
+        _loop_check_thread(loop)
+        watch = _watch_find(loop, number)
+        if watch is not None and event == READ:
+            old, watch.reader = watch.reader, None
+        elif watch is not None:
+            old, watch.writer = watch.writer, None
+        if old is None:
+            return False
+        if watch.reader is None and watch.writer is None:
+            _table_remove(loop, number)
+        else:
+            try:
+                _table_update(loop, number, (READ | WRITE) & ~event)
+            except OSError:
+                pass  # it was closed
+    _handle_cancel(old)
+    return True
+
+
+cdef int _watch_ready(object loop, int fd, uint32_t events, void *arg) except -1:
+    """The handler of every fd that asyncio watches; errors are for both."""
+    cdef _Watch watch = <_Watch>arg
+    if watch.reader is not None and events & ~<uint32_t>WRITE:
+        _watch_queue(loop, fd, READ, watch.reader)
+    if watch.writer is not None and events & ~<uint32_t>READ:
+        _watch_queue(loop, fd, WRITE, watch.writer)
+
+
+cdef inline int _watch_queue(IOLoop loop, int fd, uint32_t event,
+                             _Handle handle) except -1:
+    if load(&handle.is_cancelled):  # by itself, without remove_reader()
+        _watch_clear(loop.face, fd, event)
+    else:
+        loop.queue.push(handle)
+
+
+def new_event_loop():
+    """Return a new asyncio event loop, the face of an IOLoop of its own.
+
+    That is its `ioloop`.  For whatever takes a factory of loops, such as
+    `asyncio.Runner(loop_factory=ioloop.new_event_loop)`.
+    """
+    return _face_of(IOLoop(make_current=False))
 
 
 # -- File descriptors ----------------------------------------------------------
@@ -2716,12 +3398,21 @@ cdef int _table_add(IOLoop loop, int fd, uint32_t events, ioloop_handler_v1 func
     del old  # not earlier: its destructor may use the table
 
 
+cdef bint _table_has(IOLoop loop, int fd) noexcept:
+    """Return whether the user has added it, and not the waker or asyncio."""
+    cdef _Slot *slot = loop.table.slot(fd)
+    return (slot != NULL and slot.function != _waker_drain
+            and slot.function != _watch_ready)
+
+
+cdef int _table_require(IOLoop loop, int fd) except -1:
+    if not _table_has(loop, fd):
+        raise FileNotFoundError(ENOENT, f"fd {fd} has no handler")
+
+
 cdef int _table_update(IOLoop loop, int fd, uint32_t events) except -1:
     cdef _Slot *slot = loop.table.slot(fd)
-    cdef _Handler handler
-    if slot == NULL or fd == loop.queue.inbox.reader:
-        raise FileNotFoundError(ENOENT, f"fd {fd} has no handler")
-    handler = <_Handler>list_peek(loop.table.handlers, fd)
+    cdef _Handler handler = <_Handler>list_peek(loop.table.handlers, fd)
     if handler.pending is None:
         loop.poller.change(fd, events, slot.generation)
     slot = loop.table.slot(fd)  # a Python poller may have done anything
@@ -2732,18 +3423,15 @@ cdef int _table_update(IOLoop loop, int fd, uint32_t events) except -1:
 
 
 cdef int _table_remove(IOLoop loop, int fd) except -1:
-    cdef bint known = loop.table.slot(fd) != NULL
-    cdef object handler = loop.table.forget(fd)
-    if known:
-        loop.poller.drop(fd)
+    handler = loop.table.forget(fd)
+    loop.poller.drop(fd)
     del handler  # not earlier: its destructor may add one for the same fd
 
 
-cdef list _table_handlers(IOLoop loop):  # without the waker's
+cdef list _table_handlers(IOLoop loop):
     cdef list found = []
     for handler in loop.table.handlers:
-        if (handler is not None
-                and (<_Handler>handler).number != loop.queue.inbox.reader):
+        if handler is not None and _table_has(loop, (<_Handler>handler).number):
             found.append(handler)
     return found
 
@@ -3795,9 +4483,10 @@ cdef int _fork_reinit(IOLoop loop) except -1:
     if loop.thread_id != 0 and loop.thread_id != get_thread_id():
         # The thread that ran the loop is not in this child: end what it had begun.
         loop.thread_id = loop.timers.thread_id = 0
+        if loop.runs_asyncio:
+            loop.runs_asyncio, loop.face._thread_id = False, None
         loop.outer_loop = None
-        loop.timers.passing = False
-        loop.timers.add_deferred()
+        loop.timers.end_pass()
         # It may have been inside a context, which nobody will leave now.
         loop.empty_context = Context()
         for handler in _table_handlers(loop):
@@ -3807,6 +4496,9 @@ cdef int _fork_reinit(IOLoop loop) except -1:
     if loop.thread_id != 0:
         _wakeup_take(loop)
         _watchdog_start(loop)
+        if loop.runs_asyncio and getattr(_threads, "loop", None) is loop:
+            from asyncio import events  # which forgets its running loop in a child
+            events._set_running_loop(loop.face)
     else:
         _waker_go_idle(loop)
 
@@ -3827,14 +4519,15 @@ cdef int c_add_handler(object loop, int fd, uint32_t events, ioloop_handler_v1 f
 @cython.critical_section
 cdef int c_update_handler(object loop, int fd, uint32_t events) except -1:
     _loop_check_thread(<IOLoop?>loop)
-    return _table_update(<IOLoop>loop, fd_number(fd), events)
+    _table_require(<IOLoop>loop, fd_number(fd))
+    return _table_update(<IOLoop>loop, fd, events)
 
 
 @cython.critical_section
 cdef int c_remove_handler(object loop, int fd) except -1:
     if (<IOLoop?>loop).state != CLOSED:
         _loop_check_thread(<IOLoop>loop)
-        if fd != (<IOLoop>loop).queue.inbox.reader:
+        if _table_has(<IOLoop>loop, fd):
             _table_remove(<IOLoop>loop, fd)
 
 

@@ -1,3 +1,4 @@
+from asyncio import SelectorEventLoop
 from builtins import TimeoutError as TimeoutError
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future as ConcurrentFuture
@@ -21,7 +22,7 @@ from typing import (
 
 from typing_extensions import Self, disjoint_base
 
-__all__ = ["IOLoop", "PeriodicCallback", "TimeoutError"]
+__all__ = ["IOLoop", "PeriodicCallback", "TimeoutError", "new_event_loop"]
 
 __version__: Final[str]
 
@@ -64,6 +65,14 @@ _FdT = TypeVar("_FdT", bound=_Fd)
 _FutureT = TypeVar("_FutureT", bound=_FutureLike[Any] | ConcurrentFuture[Any])
 _Seconds: TypeAlias = SupportsFloat | SupportsIndex
 _Deadline: TypeAlias = _Seconds | timedelta
+
+# The other face of an IOLoop.
+@type_check_only
+class _EventLoop(SelectorEventLoop):
+    @property
+    def ioloop(self) -> IOLoop: ...
+
+def new_event_loop() -> _EventLoop: ...
 
 @disjoint_base
 class IOLoop:
@@ -157,6 +166,8 @@ class IOLoop:
     def spawn_callback(
         self, callback: Callable[_P, object], *args: _P.args, **kwargs: _P.kwargs
     ) -> None: ...
+    @property
+    def asyncio_loop(self) -> _EventLoop: ...
     def add_future(
         self, future: _FutureT, callback: Callable[[_FutureT], object]
     ) -> None: ...

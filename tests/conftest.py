@@ -1,5 +1,6 @@
 """Fixtures of the whole suite: the pollers, the loops, and what must be left behind."""
 
+import asyncio
 import contextlib
 import faulthandler
 import functools
@@ -166,6 +167,20 @@ def loop(make_loop):
     return make_loop()
 
 
+@pytest.fixture
+def face(loop):
+    """The other face of `loop`, an event loop of asyncio's."""
+    return loop.asyncio_loop
+
+
+@pytest.fixture
+def stock():
+    """A loop of asyncio's own."""
+    loop = asyncio.SelectorEventLoop()
+    yield loop
+    loop.close()
+
+
 @pytest.fixture(scope="session")
 def clients(tmp_path_factory):
     """`clients(module)`: cdoor_client, bound to that build of ioloop."""
@@ -210,7 +225,7 @@ def shim():
 
 
 class Records(list):
-    """Log records of the logger `ioloop`; those not taken fail the test."""
+    """Log records of `ioloop` and `asyncio`; those not taken fail the test."""
 
     def take(self, pattern, exception=None):
         """Remove the oldest record, which must match; return it."""
@@ -332,8 +347,9 @@ def clean(request):
             HANG_SECONDS, exit=True, file=request.config.ioloop_stderr
         )
     handler = RecordsHandler()
-    logger = logging.getLogger("ioloop")
-    logger.addHandler(handler)
+    loggers = [logging.getLogger(name) for name in ("ioloop", "asyncio")]
+    for logger in loggers:
+        logger.addHandler(handler)
     files, signals = open_files(), signal_state()
     threads, ids = set(threading.enumerate()), tasks()
     try:
@@ -361,7 +377,8 @@ def clean(request):
         if complaints:
             pytest.fail("\n".join(complaints), pytrace=False)
     finally:
-        logger.removeHandler(handler)
+        for logger in loggers:
+            logger.removeHandler(handler)
         faulthandler.cancel_dump_traceback_later()
 
 

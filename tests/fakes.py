@@ -5,6 +5,7 @@ Time and readiness as a script (FakeClock, ScriptedPoller), what records its cal
 the methods of a loop with arguments to call them with.
 """
 
+import asyncio
 import concurrent.futures
 import contextlib
 import contextvars
@@ -116,14 +117,24 @@ def fail(error=ValueError):
     raise error
 
 
-class Await:
-    """An awaitable that yields `value` to the loop."""
+def outcome(function, *args):
+    """What it returns, or the exception that it raises."""
+    try:
+        return function(*args)
+    except Exception as error:
+        return error
 
-    def __init__(self, value=None):
-        self.value = value
+
+class Await:
+    """An awaitable: a future of another thread, or else the next iteration."""
+
+    def __init__(self, future=None):
+        self.future = future
 
     def __await__(self):
-        return (yield self.value)
+        if self.future is None:
+            return (yield)
+        return (yield from asyncio.wrap_future(self.future).__await__())
 
 
 def finished(result=None, error=None):
@@ -209,18 +220,44 @@ def turn(loop, times=1):
 
 
 def run_until(loop, done, seconds=10):
-    """Run iterations until `done()`, sleeping in the poller only."""
+    """Run iterations until `done()`, sleeping in the poller only.
+
+    Not for long, since it may be done before that iteration polls.
+    """
     end = time.monotonic() + seconds
     while not done():
-        left = end - time.monotonic()
-        assert left > 0, "the loop did not get there"
-        loop.run_once(left)
+        assert time.monotonic() < end, "the loop did not get there"
+        loop.run_once(0.005)
 
 
 def run_callback(loop, function, *args):
     """Have the loop call a function."""
     loop.add_callback(function, *args)
     turn(loop)
+
+
+def run_by(loop, way, function):
+    """Run a loop in one of its ways; it calls the function meanwhile."""
+
+    async def main():
+        function()
+
+    if way == "run_until_complete":
+        loop.asyncio_loop.run_until_complete(main())
+    elif way == "run_sync":
+        loop.run_sync(function)
+    else:
+        loop.add_callback(function)
+        if way == "run_once":
+            return loop.run_once(0)
+        loop.add_callback(loop.stop)
+        loop.start() if way == "start" else loop.asyncio_loop.run_forever()
+
+
+def running():
+    """Asyncio's running loop and its current task in this thread."""
+    loop = asyncio._get_running_loop()
+    return loop, loop and asyncio.current_task()
 
 
 def start_until(loop, error):

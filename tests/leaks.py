@@ -5,6 +5,7 @@ that of an empty control; likewise the open files.  A leak of one reference per
 repetition would show as REPEAT, a drift of the interpreter's own as a few.
 """
 
+import asyncio
 import concurrent.futures
 import contextlib
 import contextvars
@@ -154,36 +155,89 @@ def base_exceptions(loop, a, b):
 @operation
 def coroutines(loop, a, b):
     async def add(x, y):
-        await Pause()
+        await asyncio.sleep(0)
         future = concurrent.futures.Future()
         loop.add_callback(future.set_result, x + y)
-        return await Wait(future)
+        return await asyncio.wrap_future(future)
 
     async def broken():
-        await Pause()
+        await asyncio.sleep(0)
         fail()
 
     assert loop.run_sync(lambda: add(1, 2)) == 3
     with contextlib.suppress(ValueError):
         loop.run_sync(broken)
     with contextlib.suppress(TimeoutError):
-        loop.run_sync(lambda: Wait(concurrent.futures.Future()), timeout=0)
+        loop.run_sync(asyncio.Event().wait, timeout=0)
+    with contextlib.suppress(TimeoutError):
+        loop.run_sync(concurrent.futures.Future, timeout=0)
     with quiet(loop):
         loop.add_callback(broken)
-        turn(loop, 4)
+        turn(loop, 6)
 
 
-class Pause:
-    def __await__(self):
-        yield
+@operation
+def faces(loop, a, b):
+    with contextlib.closing(ioloop.new_event_loop()) as face:
+        face.keep = face
+        face.run_until_complete(asyncio.sleep(0))
+    face = ioloop.new_event_loop()
+    face.call_later(10, face.call_soon, face)
+    del face
+    gc.collect()
 
 
-class Wait:
-    def __init__(self, future):
-        self.future = future
+@operation
+def handles(loop, a, b):
+    face = loop.asyncio_loop
+    face.set_exception_handler(lambda face, context: None)
+    for debug in False, True:
+        face.set_debug(debug)
+        for add in face.call_soon, face.call_soon_threadsafe:
+            add(list, (1,))
+            add(fail)
+            add(VARIABLE.set, [1], context=contextvars.Context())
+            add(fail).cancel()
+        face.call_later(0, list, (1,))
+        timer = face.call_later(10, fail)
+        repr(timer), timer.cancel(), repr(timer)
+        with contextlib.suppress(TypeError):
+            face.call_soon(None)
+        turn(loop, 2)
 
-    def __await__(self):
-        return (yield self.future)
+
+@operation
+def readers(loop, a, b):
+    face = loop.asyncio_loop
+    face.add_writer(a, fail)
+    face.add_reader(a, list)
+    face.add_writer(a, list)
+    b.send(b"x")
+    turn(loop, 2)
+    a.recv(1)
+    face._add_reader(a, fail).cancel()
+    face.remove_writer(a)
+    b.send(b"x")
+    turn(loop, 2)
+    a.recv(1)
+    assert not face.remove_reader(a)
+    with contextlib.suppress(ValueError):
+        face.add_reader(-1, fail)
+
+
+@operation
+def streams(loop, a, b):
+    async def talk():
+        c, d = socket.socketpair()
+        reader, writer = await asyncio.open_connection(sock=c)
+        d.send(b"hello\n")
+        writer.write(await reader.readline())
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+        d.close()
+
+    loop.run_sync(talk)
 
 
 @operation

@@ -18,7 +18,6 @@ import pytest
 from fakes import (
     READ,
     WRITE,
-    Await,
     Exit,
     FakeClock,
     Hostile,
@@ -405,37 +404,6 @@ def test_an_interrupt_at_any_bytecode_stops_no_periodic_callback(ended):
 
 
 @pytest.mark.parametrize("ended", [False, True], ids=["", "ended"])
-def test_an_interrupt_at_any_bytecode_drops_no_coroutine(loop, ended):
-    """It goes on once, be it by the result or by the interrupt."""
-
-    def run(n):
-        async def work():
-            try:
-                log.append(await Await(future))
-            except KeyboardInterrupt:
-                log.append("interrupt")
-            await Await()
-            log.append("end")
-
-        log, interrupts, future = [], 0, Future(ended)
-        loop.add_callback(work)
-        with interrupt_at(n):
-            for i in range(9):
-                if i == 5:
-                    future.finish()
-                try:
-                    turn(loop)
-                except KeyboardInterrupt:
-                    interrupts += 1
-        assert log in (["result", "end"], ["interrupt", "end"])
-        told = interrupts + log.count("interrupt")
-        assert told <= 1
-        return told
-
-    interrupted_runs(run)
-
-
-@pytest.mark.parametrize("ended", [False, True], ids=["", "ended"])
 def test_an_interrupt_at_any_bytecode_pauses_no_handler_for_ever(
     loop, ended, expect_log
 ):
@@ -480,29 +448,6 @@ class Step(Future):
         super().add_done_callback(callback)
         if when == "after":
             raise self.error
-
-
-@pytest.mark.parametrize("error", BASE)
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_coroutine_interrupted_as_it_begins_to_wait_goes_on_once(loop, when, error):
-    """Nor is it taken out of its next wait, should the first future tell twice."""
-    log, one, two = [], Step(when, error), Future(False)
-
-    async def work():
-        log.append(await Await(one))
-        log.append(await Await(two))
-
-    loop.add_callback(work)
-    with pytest.raises(error):
-        turn(loop, 3)
-    turn(loop, 3)
-    assert log == []
-    one.finish()
-    turn(loop, 3)
-    assert log == ["result"]
-    two.finish()
-    turn(loop, 3)
-    assert log == ["result", "result"]
 
 
 @pytest.mark.parametrize("error", BASE)

@@ -4,7 +4,9 @@ With a GIL the threads take turns, as often as the switch interval makes them.  
 one (free-threaded CPython) they really run at once.  The rules are the same.
 """
 
+import asyncio
 import concurrent.futures
+import contextlib
 import errno
 import functools
 import gc
@@ -18,9 +20,16 @@ import weakref
 
 import pytest
 from building import FREE_THREADED
-from fakes import FOREVER, READ, FakeClock, in_time, turn
+from fakes import FOREVER, READ, FakeClock, in_time, outcome, turn
 from kernel import alarm, pair, pairs, readable
-from processes import Thread, at_once, child, switch_interval, together
+from processes import (
+    Thread,
+    at_once,
+    busy_in_thread,
+    child,
+    switch_interval,
+    together,
+)
 
 import ioloop
 
@@ -37,14 +46,6 @@ def fast_switching():
 
 def nothing(*_):
     pass
-
-
-def outcome(function, *args):
-    """What it returns, or the exception that it raises."""
-    try:
-        return function(*args)
-    except Exception as error:
-        return error
 
 
 def refused(error, *words):
@@ -544,6 +545,212 @@ def test_timeouts_of_a_loop_that_goes(poller, way):
             thread.join()
         assert all(handle.callback is None for handle in handles)
         assert all("dead" in repr(handle) for handle in handles)
+
+
+# -- asyncio -------------------------------------------------------------------
+
+
+@pytest.mark.row("B25", "B33")
+def test_asyncios_producers(loop, poller):
+    """What they queue runs once, in their order, unless it is cancelled."""
+    face, threads, count, log, left = loop.asyncio_loop, 4, 400 * TIMES, [], 4
+
+    def end():
+        nonlocal left
+        left -= 1
+        if not left:
+            face.stop()
+
+    def produce(name):
+        adds = [face.call_soon, face.call_soon_threadsafe]
+        for i in range(count):
+            handle = adds[i % 2](log.append, (name, i))
+            if i % 3 == 0:
+                handle.cancel()
+                assert handle.cancelled()
+        face.call_soon(end)
+
+    started = [Thread(produce, name) for name in range(threads)]
+    with in_time(loop):
+        face.run_forever()
+    for thread in started:
+        thread.join()
+    for name in range(threads):
+        ran = [i for who, i in log if who == name]
+        assert ran == sorted(set(ran))
+        assert set(ran) >= {i for i in range(count) if i % 3}
+    assert loop.stats()["callbacks"] == threads * (count + 1)
+    poller.module._verify(loop)
+
+
+@pytest.mark.row("B27")
+@pytest.mark.parametrize("how", ["call_soon", "call_soon_threadsafe", "call_later"])
+def test_cancel_against_a_callback_that_runs(loop, poller, how):
+    """It is called once or not at all, and dropped in either case.
+
+    What call_soon_threadsafe() has queued can't run any more after cancel(), from
+    CPython 3.14 on.
+    """
+
+    class Callback:
+        cancelled = late = calls = 0
+
+        def __call__(self):
+            self.calls += 1
+            self.late |= self.cancelled
+
+    def cancel():
+        ready.wait()
+        for callback, handle in zip(callbacks, handles, strict=True):
+            handle.cancel()
+            callback.cancelled = True
+
+    face, count = loop.asyncio_loop, 300
+    waits = hasattr(asyncio.events, "_ThreadSafeHandle") and "safe" in how
+    for _ in range(5):
+        ready = threading.Barrier(3)
+        callbacks = [Callback() for _ in range(count)]
+        face.call_soon(ready.wait)
+        add = getattr(face, how)
+        arguments = [0] if how == "call_later" else []
+        handles = [add(*arguments, each) for each in callbacks]
+        started = [Thread(cancel) for _ in range(2)]
+        turn(loop, 2)
+        for thread in started:
+            thread.join()
+        turn(loop)
+        assert {each.calls for each in callbacks} <= {0, 1}
+        assert not (waits and any(each.late for each in callbacks))
+        assert all(handle.cancelled() for handle in handles)
+        dead = [weakref.ref(each) for each in callbacks]
+        callbacks.clear()
+        assert [each for each in dead if each() is not None] == []
+        assert loop.stats()["pending_timeouts"] == 0
+        poller.module._verify(loop)
+
+
+@pytest.mark.row("B25")
+def test_one_handle_cancelled_by_many_threads(loop):
+    """What it refers to is dropped once."""
+    face = loop.asyncio_loop
+    for how in face.call_soon, face.call_soon_threadsafe, face.call_later:
+        for _ in range(10 * TIMES):
+            arguments = [FOREVER] if how == face.call_later else []
+            kept = functools.partial(nothing)
+            handle, dead = how(*arguments, kept), weakref.ref(kept)
+            del kept
+            at_once(4, handle.cancel)
+            assert dead() is None and handle.cancelled()
+    turn(loop)
+    assert loop.stats()["pending_timeouts"] == 0
+
+
+@pytest.mark.row("B28")
+@pytest.mark.parametrize("running", [False, True], ids=["idle", "running"])
+def test_faces_asked_for_by_many_threads(make_loop, running):
+    """All get the same one, which works, as its loop does or has begun to."""
+    for _ in range(10 * TIMES):
+        loop = make_loop(make_current=False)
+        with busy_in_thread(loop) if running else contextlib.nullcontext():
+            faces = at_once(4, lambda loop=loop: loop.asyncio_loop)
+            assert len(set(faces)) == 1
+            if running:
+                future = asyncio.run_coroutine_threadsafe(asyncio.sleep(0, 7), faces[0])
+                assert future.result(10) == 7
+        assert faces[0].run_until_complete(asyncio.sleep(0, 7)) == 7
+
+
+@pytest.mark.row("B29")
+def test_asyncios_files_looked_at_by_other_threads(loop):
+    """As the repr() of a transport does."""
+    face = loop.asyncio_loop
+    done = threading.Event()
+
+    def look_at(fds):
+        while not done.is_set():
+            for fd in fds:
+                try:
+                    assert face._selector.get_key(fd).events in (0, 1)
+                except KeyError:
+                    pass
+
+    def change(fds, count):
+        for fd in fds:
+            face.add_reader(fd, nothing)
+            face.remove_reader(fd)
+        if count:
+            face.call_soon(change, fds, count - 1)
+        else:
+            loop.stop()
+
+    with pairs(4) as made:
+        fds = [a.fileno() for a, _ in made]
+        face.call_soon(change, fds, 1000 * TIMES)
+        with Thread(look_at, fds), Thread(look_at, fds):
+            try:
+                loop.start()
+            finally:
+                done.set()
+
+
+def test_close_against_asyncios_methods(make_loop):
+    """Each call is before it or after it, and what was queued goes with the loop."""
+    kept = []
+    for n in range(10 * TIMES):
+        loop, made = make_loop(make_current=False), []
+        face = loop.asyncio_loop
+
+        def thing(made=made):
+            made.append(functools.partial(nothing))
+            return made[-1]
+
+        def set_timer(face=face, thing=thing):
+            face.call_later(FOREVER, thing())
+            face.call_later(FOREVER, thing()).cancel()
+
+        def read(face=face, thing=thing):
+            with pair() as (a, _):
+                face.add_reader(a, thing())
+                face.remove_reader(a)
+
+        def close(loop=loop, face=face, n=n):
+            for _ in range(n):
+                face.call_soon_threadsafe(nothing)
+            (loop if n % 2 else face).close()
+
+        users = [
+            functools.partial(until_closed, loop, each)
+            for each in (
+                lambda face=face, thing=thing: face.call_soon(thing()),
+                lambda face=face, thing=thing: face.call_soon_threadsafe(thing()),
+                *(set_timer, read, face.time, face.is_running),
+            )
+        ]
+        together(*users, close)
+        assert face.is_closed()
+        assert refused(outcome(face.call_soon, nothing), "Event loop is closed")
+        kept.extend(weakref.ref(each) for each in made)
+        del users, thing, set_timer, read, close, face, loop
+        made.clear()
+    gc.collect()
+    assert [each for each in kept if each() is not None] == []
+
+
+@pytest.mark.row("B29")
+def test_close_against_faces_asked_for(make_loop):
+    """There is one face, or none any more; none is left open."""
+    for _ in range(10 * TIMES):
+        loop = make_loop(make_current=False)
+        [*found, closed] = together(
+            *[lambda loop=loop: outcome(getattr, loop, "asyncio_loop")] * 3, loop.close
+        )
+        assert closed is None
+        faces = {each for each in found if not isinstance(each, Exception)}
+        assert len(faces) < 2 and all(face.is_closed() for face in faces)
+        assert all(
+            refused(each, "closed") for each in found if isinstance(each, Exception)
+        )
+        gc.collect()
 
 
 # -- Which loop ----------------------------------------------------------------

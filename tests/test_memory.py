@@ -1,5 +1,6 @@
 """What the loop lets go of, and when."""
 
+import asyncio
 import contextlib
 import contextvars
 import gc
@@ -189,21 +190,20 @@ def in_context(loop, thing):
 
 
 # Not inside of the function: CPython 3.13t keeps functions and classes for ever.
-class Never(Await):
-    def __init__(self, thing):
-        self.thing, self.value = thing, self
-
-    def add_done_callback(self, callback):
-        self.thing.waiting = callback
-
-
-async def wait_for(never):
-    await never
+async def wait_for_ever(thing):
+    thing.never = asyncio.get_running_loop().create_future()
+    await thing.never
 
 
 def in_coroutine(loop, thing):
-    loop.add_callback(wait_for, Never(thing))
+    loop.add_callback(wait_for_ever, thing)
     turn(loop, 3)
+
+
+def in_asyncio(loop, thing):
+    loop.asyncio_loop.call_later(60, thing)
+    loop.asyncio_loop.add_reader(thing.sock, thing)
+    loop.asyncio_loop.set_exception_handler(lambda *_: thing)
 
 
 def in_periodic(loop, thing):
@@ -221,6 +221,7 @@ PLACES = [
     in_action,
     in_context,
     in_coroutine,
+    in_asyncio,
     in_periodic,
 ]
 
@@ -228,9 +229,9 @@ PLACES = [
 @pytest.mark.row("D18")
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("closed", [False, True])
-@pytest.mark.filterwarnings("ignore:unclosed IOLoop")
+@pytest.mark.filterwarnings("ignore:unclosed")
 def test_cycles_through_the_loop_are_collected(
-    poller, counted_files, place, closed, monkeypatch
+    poller, counted_files, expect_log, place, closed, monkeypatch
 ):
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
     with pair() as (a, _):
@@ -248,6 +249,8 @@ def test_cycles_through_the_loop_are_collected(
         gc.collect()
         assert [reference() for reference in references] == [None, None]
     assert not counted_files()
+    if place is in_coroutine:
+        expect_log.take("Task was destroyed but it is pending")
 
 
 @pytest.mark.row("D19")
