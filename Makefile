@@ -1,6 +1,9 @@
 # make demo      the echo server of examples/, driven by a real client
 # make test      the whole suite but the slow tests
-# make test-all  those too, and lint, abi3, sanitize and leaks
+# make test-all  those too, and conformance, lint, abi3, sanitize and leaks
+# make conformance
+#                CPython's own tests of asyncio, on ioloop's event loops
+# make libraries asyncio's libraries with real servers, and their own suites
 # make dev       a build that checks itself, for the loop of editing and testing:
 #                make dev ARGS=tests/test_timeouts.py
 # make coverage  the lines of ioloop.pyx that the suite runs
@@ -31,8 +34,8 @@ SOURCES = setup.py pyproject.toml ioloop.pyx ioloop.pxd $(wildcard ioloop-stubs/
 PLATLIB = -c 'import sysconfig; print(sysconfig.get_path("platlib"))'
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all dev coverage bench bench-smoke rows lint abi3 sanitize \
-    leaks platforms clean
+.PHONY: demo test test-all conformance libraries dev coverage bench bench-smoke rows \
+    lint abi3 sanitize leaks platforms clean
 
 demo: $(VENV)/module
 	$(BIN)/python examples/echo_demo.py
@@ -40,9 +43,17 @@ demo: $(VENV)/module
 test: $(VENV)/module $(VENV)/test
 	$(BIN)/pytest -m "not slow" $(ARGS)
 
-test-all: $(VENV)/module $(VENV)/test
+test-all: $(VENV)/module $(VENV)/test $(VENV)/libraries
 	IOLOOP_TEST_TIMEOUT=300 $(BIN)/pytest
-	$(MAKE) lint abi3 sanitize leaks
+	$(MAKE) conformance lint abi3 sanitize leaks
+
+# ARGS: parts of the names of the modules to run.
+conformance: $(VENV)/module
+	$(BIN)/python tests/conformance.py $(ARGS)
+
+libraries: $(VENV)/module $(VENV)/test $(VENV)/libraries
+	IOLOOP_TEST_TIMEOUT=300 $(BIN)/pytest -m slow tests/test_async_clients.py \
+	    tests/test_examples.py $(ARGS)
 
 # In place of the module that is installed in an environment of its own.  Not in the
 # source tree, where every python that is started there would find it first.
@@ -61,6 +72,7 @@ coverage:
 	$(PYTHON) tests/covered.py
 
 bench: $(VENV)/module $(VENV)/bench
+	-$(PIP) install --only-binary=:all: --group bench-rsloop
 	$(BIN)/python -m benchmarks $(ARGS)
 
 bench-smoke: $(VENV)/module $(VENV)/test
@@ -138,6 +150,6 @@ $(VENV)/module: $(VENV)/tools $(SOURCES) $(filter %.whl,$(MODULE))
 	touch $@
 
 # Rather older versions than some that can't be compiled here: 3.13t has few wheels.
-$(VENV)/test $(VENV)/lint $(VENV)/bench: $(VENV)/%: $(VENV)/tools pyproject.toml
+$(VENV)/test $(VENV)/lint $(VENV)/bench $(VENV)/libraries: $(VENV)/%: $(VENV)/tools pyproject.toml
 	$(PIP) install --only-binary :all: --group $* || $(PIP) install --group $*
 	touch $@
