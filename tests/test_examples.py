@@ -1,7 +1,9 @@
 """Each program of examples/, run for real."""
 
 import contextlib
+import http.server
 import itertools
+import json
 import os
 import random
 import re
@@ -11,7 +13,9 @@ import signal
 import socket
 import struct
 import time
+import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from building import ROOT, c_echo
@@ -404,3 +408,101 @@ def test_supervisor_command_not_found():
     output = supervised("--restart=never", "/nonexistent/command", "echo here")
     assert "0 command | * can't be started: No such file or directory\n" in output
     assert "1 echo | here\n" in output
+
+
+# -- Three steps to asyncio
+
+
+@contextlib.contextmanager
+def three_steps(*arguments):
+    """The servers, each with its `address`; they end without a word."""
+    with running("step_by_step.py", "--port", "0", *arguments) as process:
+        steps = []
+        for number in (1, 2, 3):
+            line = process.stdout.readline()
+            found = re.fullmatch(rf"step {number}: 127\.0\.0\.1:(\d+)\n", line)
+            assert found, line + process.stderr.read()
+            steps.append(SimpleNamespace(address=("127.0.0.1", int(found[1]))))
+        yield steps
+        process.send_signal(signal.SIGTERM)
+        assert end_of(process) == ""
+
+
+def test_steps_do_the_same():
+    with contextlib.ExitStack() as stack, three_steps() as steps:
+        for step in steps:
+            reset(connect(step))
+            with connect(step) as sock:
+                sock.sendall(b"whole\npart")
+                sock.shutdown(socket.SHUT_WR)
+                assert read_all(sock) == b"WHOLE\n"
+            # This one is still connected when they end.
+            sock = stack.enter_context(connect(step))
+            file = stack.enter_context(sock.makefile("rb"))
+            for piece in (b"in ", b"p", b"ieces\nand ", b"one\n\ntwo\n"):
+                sock.sendall(piece)
+            lines = [file.readline() for _ in range(4)]
+            assert lines == [b"IN PIECES\n", b"AND ONE\n", b"\n", b"TWO\n"]
+
+
+def test_steps_idle_clients_leave():
+    with three_steps("--idle=1") as steps, contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(connect(step)) for step in steps]
+        for sock in socks:
+            sock.sendall(b"one\n")
+        assert [read_all(sock) for sock in socks] == [b"ONE\n"] * 3
+
+
+# -- Programs that use libraries of asyncio's
+
+
+def fetch(server):
+    with urllib.request.urlopen("http://{}:{}/".format(*server.address)) as response:
+        return json.load(response)
+
+
+@pytest.mark.slow
+def test_uvicorn():
+    pytest.importorskip("uvicorn", reason="needs uvicorn: make libraries")
+    with serving("uvicorn_on_ioloop.py", ending=signal.SIGINT) as server:
+        states = [fetch(server) for _ in range(3)]
+    for state in states:
+        assert state["asyncio"].startswith("<EventLoop running=True ")
+        assert state["ioloop"].startswith("<IOLoop running ")
+    assert states[0]["polls"] < states[1]["polls"] < states[2]["polls"]
+
+
+class Hello(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200, "hello")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def web_server():
+    """Its URL."""
+    with http.server.HTTPServer(("127.0.0.1", 0), Hello) as server:
+        with Thread(server.serve_forever):
+            try:
+                yield f"http://127.0.0.1:{server.server_port}/"
+            finally:
+                server.shutdown()
+
+
+@pytest.mark.slow
+def test_tornado4_aiohttp():
+    pytest.importorskip("aiohttp", reason="needs aiohttp: make libraries")
+
+    def report():
+        with connect(monitor) as sock:
+            return read_all(sock).decode()
+
+    with contextlib.ExitStack() as stack:
+        with web_server() as url:
+            options = "--every=0.05", url
+            monitor = stack.enter_context(serving("tornado4_aiohttp.py", *options))
+            assert report() == f"{url} 200 hello\n"
+        wait_until(lambda: report() == f"{url} ClientConnectorError\n")
