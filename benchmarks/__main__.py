@@ -1,4 +1,4 @@
-"""Measures ioloop and its peers side by side and prints one table.
+"""Measures ioloop and its peers side by side and prints a table for each of its faces.
 
 Each measurement has a process of its own.  The peers take turns: one round of a
 case runs every peer once, and the table shows the medians of the rounds.
@@ -14,14 +14,14 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from benchmarks import build, chart, report
-from benchmarks.loops import DOOR, FLOOR, PEERS, installed
-from benchmarks.scenarios import CASES
+from benchmarks import asyncio_scenarios, build, chart, report, scenarios
+from benchmarks.loops import ALL_PEERS, ASYNCIO_LOOPS, DOOR, FLOOR, LOOPS, installed
 
 HERE = Path(__file__).parent
+CASES = [*scenarios.CASES, *asyncio_scenarios.CASES]
 
 # A peer that fails is the peer's affair; one of these makes the run a failure.
-OURS = ("ioloop", DOOR, "seed", FLOOR)
+OURS = ("ioloop", DOOR, "seed", FLOOR, "ioloop+fn")
 
 
 def arguments():
@@ -35,7 +35,7 @@ def arguments():
     parser.add_argument(
         "--peers",
         type=lambda names: names.split(","),
-        help="comma-separated, of " + ",".join(PEERS),
+        help="comma-separated, of " + ",".join(ALL_PEERS),
     )
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument(
@@ -51,7 +51,7 @@ def arguments():
     )
     parser.add_argument("--json", type=Path, help="where to write all raw figures")
     options = parser.parse_args()
-    if unknown := set(options.peers or PEERS) - set(PEERS):
+    if unknown := set(options.peers or ()) - set(ALL_PEERS):
         parser.error(f"no such peer: {', '.join(sorted(unknown))}")
     options.cases = [
         case
@@ -62,7 +62,7 @@ def arguments():
         parser.error("no such scenario")
     if not (options.chart or options.quick or options.scenarios or options.peers):
         options.chart = HERE / "chart.svg"
-    options.peers = options.peers or PEERS
+    options.peers = options.peers or ALL_PEERS
     return options
 
 
@@ -88,27 +88,33 @@ def measure(tools, peer, case, quick):
 
 
 def rounds_of(tools, case, peers, rounds, quick):
-    """All figures of a case: {peer: [one dict a round]}, the peers in turns."""
+    """All figures of a case: {peer: [one dict a round]}, the peers in turns.
+
+    For a peer that has failed, what went wrong as a string.
+    """
     figures = {peer: [] for peer in peers if case.applies_to(peer)}
-    failed = set()
     for _ in range(1 if quick else case.rounds or rounds):
         for peer in random.sample(sorted(figures), len(figures)):
-            if peer in failed:
+            if failed(figures[peer]):
                 continue
             answer = measure(tools, peer, case, quick)
-            if isinstance(answer, str):
+            if failed(answer):
                 print(f"{case.name}, {peer}: {answer}", file=sys.stderr)
-                failed.add(peer)
+                figures[peer] = answer
             else:
                 figures[peer].append(answer)
-    return {peer: [] if peer in failed else figures[peer] for peer in figures}
+    return figures
+
+
+def failed(answers):
+    return isinstance(answers, str)
 
 
 def medians_of(figures, row):
     return {
         peer: median(answer[row.figure] for answer in answers)
         for peer, answers in figures.items()
-        if answers
+        if not failed(answers)
     }
 
 
@@ -130,19 +136,28 @@ def main():
         for case in options.cases
         for row in case.rows
     ]
-    print(report.table(results, options.peers, set(options.peers) - set(peers)))
+    failures = {
+        (case, peer): answers
+        for case, figures in raw.items()
+        for peer, answers in figures.items()
+        if failed(answers)
+    }
+    print(report.head(peers))
+    for adapters in (LOOPS, ASYNCIO_LOOPS):
+        part = [result for result in results if result[0].adapters is adapters]
+        columns = [
+            peer
+            for peer in options.peers
+            if any(peer in case.peers for case, *_ in part)
+        ]
+        if part:
+            print(report.table(part, columns, set(columns) - set(peers), failures))
     if options.chart:
         options.chart.write_text(chart.svg(results, report.machine()))
     if options.json:
         content = {"machine": report.machine(), "quick": options.quick, "raw": raw}
         options.json.write_text(json.dumps(content, indent=1) + "\n")
-    failed = [
-        peer
-        for figures in raw.values()
-        for peer, answers in figures.items()
-        if peer in OURS and not answers
-    ]
-    return int(bool(failed))
+    return int(any(peer in OURS for _, peer in failures))
 
 
 if __name__ == "__main__":

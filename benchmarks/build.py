@@ -17,10 +17,19 @@ setup(
 
 
 def build(directory, door):
-    """Builds `floor` and `load`, and `door.so` if asked; says why when that fails."""
+    """Builds `floor`, `load` and `tls.pem`, and `door.so` if asked.
+
+    Says why when `door.so` fails.
+    """
     for name in ("floor", "load"):
         command = ["cc", "-O2", "-pthread", "-o", directory / name]
         subprocess.run([*command, HERE / f"{name}.c"], check=True)
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes"]
+    command += ["-subj", "/CN=localhost", "-days", "1"]
+    key = subprocess.run(
+        [*command, "-keyout", "-"], capture_output=True, text=True, check=True
+    )
+    (directory / "tls.pem").write_text(key.stdout)
     if not door:
         return
     shutil.copy(HERE / "door.pyx", directory)

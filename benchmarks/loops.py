@@ -12,9 +12,13 @@ scenario calls the loop and not the adapter.  The names that scenarios use:
     unwatch(fd)
     serve_echo(listener)     echo on each connection, in the loop's best style
     run(), stop(), close()
+
+The adapters of asyncio's loops also have loop, the loop itself, and complete(), its
+run_until_complete(), for what is written in coroutines.
 """
 
 import functools
+import importlib
 import importlib.util
 import socket
 import time
@@ -153,11 +157,10 @@ class Asyncio:
         self.later = loop.call_later
         self.cancel = canceller(loop)
         self.run, self.stop, self.close = loop.run_forever, loop.stop, loop.close
+        self.complete = loop.run_until_complete
 
     def new_event_loop(self):
-        import asyncio
-
-        return asyncio.SelectorEventLoop()
+        return importlib.import_module(self.module).new_event_loop()
 
     def watch(self, fd, handler):
         self.handlers[fd] = handler
@@ -179,7 +182,7 @@ class Asyncio:
         self.loop.remove_writer(fd)
         del self.handlers[fd]
 
-    def serve_echo(self, listener):
+    def serve_echo(self, listener, **options):
         import asyncio
 
         class Echo(asyncio.Protocol):
@@ -189,25 +192,35 @@ class Asyncio:
             def data_received(self, data):
                 self.write(data)
 
-        self.loop.run_until_complete(self.loop.create_server(Echo, sock=listener))
+        self.complete(self.loop.create_server(Echo, sock=listener, **options))
+
+
+class Face(Asyncio):
+    """An IOLoop as asyncio sees it."""
+
+    module = "ioloop"
 
 
 class Uvloop(Asyncio):
     module = "uvloop"
 
-    def new_event_loop(self):
-        import uvloop
-
-        return uvloop.new_event_loop()
-
 
 class Rloop(Asyncio):
     module = "rloop"
 
-    def new_event_loop(self):
-        import rloop
 
-        return rloop.new_event_loop()
+class Rsloop(Asyncio):
+    module = "rsloop"
+
+
+def with_aiofastnet(adapter):
+    class Fast(adapter):
+        def new_event_loop(self):
+            import aiofastnet
+
+            return aiofastnet.patch_loop(super().new_event_loop())
+
+    return Fast
 
 
 class Gevent(Handlers):
@@ -256,12 +269,26 @@ LOOPS = {
     "asyncio": Asyncio,
     "uvloop": Uvloop,
     "rloop": Rloop,
+    "rsloop": Rsloop,
     "gevent": Gevent,
 }
 
 # These have no adapter: door.pyx and floor.c run the scenarios themselves.
 DOOR, FLOOR = "ioloop-c", "C"
 PEERS = ["ioloop", DOOR, *list(LOOPS)[1:], FLOOR]
+
+# What runs programs of asyncio's, and three of them with the transports of aiofastnet.
+ASYNCIO_LOOPS = {
+    "ioloop": Face,
+    "asyncio": Asyncio,
+    "uvloop": Uvloop,
+    "rloop": Rloop,
+    "rsloop": Rsloop,
+    "ioloop+fn": with_aiofastnet(Face),
+    "asyncio+fn": with_aiofastnet(Asyncio),
+    "uvloop+fn": with_aiofastnet(Uvloop),
+}
+ALL_PEERS = list(dict.fromkeys([*PEERS, *ASYNCIO_LOOPS]))
 
 
 @functools.cache
@@ -271,5 +298,6 @@ def installed(peer):
     elif peer == DOOR:
         needed = ["ioloop", "Cython", "setuptools"]
     else:
-        needed = [LOOPS[peer].module.split(".")[0]]
+        name, plus, _ = peer.partition("+")
+        needed = [LOOPS[name].module.split(".")[0], *["aiofastnet"] * len(plus)]
     return all(importlib.util.find_spec(module) for module in needed)

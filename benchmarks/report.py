@@ -4,7 +4,7 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-from benchmarks.loops import DOOR, FLOOR
+from benchmarks.loops import FLOOR
 from benchmarks.targets import best_peer
 
 
@@ -24,14 +24,15 @@ def processor():
         return platform.machine()
 
 
-def versions(peers):
+def head(peers):
+    """What was measured, and on what."""
     found = []
-    for peer in peers:
+    for peer in [*peers, "aiofastnet"]:
         try:
             found.append(f"{peer} {version(peer)}")
         except PackageNotFoundError:
             continue
-    return ", ".join(found)
+    return f"{machine()}\n{', '.join(found)}\n"
 
 
 def number(value):
@@ -42,10 +43,20 @@ def number(value):
     return f"{value:.3g}"
 
 
-def table(results, peers, absent):
+def table(results, peers, absent, failures):
     """A Markdown table, aligned so that it reads well as plain text too."""
-    peers = [*peers]
-    lines = [["scenario", "unit", *peers, "best/ioloop", "ioloop/C", "targets"]]
+
+    def cell(case, peer, medians):
+        if peer in absent:
+            return "absent"
+        if (case.name, peer) in failures:
+            return "fails"
+        return number(medians.get(peer))
+
+    ratios = {"best/ioloop": against_best}
+    if FLOOR in peers:
+        ratios["ioloop/C"] = against_floor
+    lines = [["scenario", "unit", *peers, *ratios, "targets"]]
     met = missed = 0
     for case, row, medians in results:
         label = case.name if row.figure == "wall" else f"{case.name}, {row.figure}"
@@ -58,8 +69,8 @@ def table(results, peers, absent):
             [
                 label,
                 row.unit,
-                *("absent" if p in absent else number(medians.get(p)) for p in peers),
-                *ratios(row, medians),
+                *(cell(case, peer, medians) for peer in peers),
+                *(against(row, medians) for against in ratios.values()),
                 "; ".join(marks),
             ]
         )
@@ -76,20 +87,27 @@ def table(results, peers, absent):
         ) + " |"
         for line in [lines[0], rule, *lines[1:]]
     ]  # fmt: skip
-    packages = versions(p for p in peers if p not in (DOOR, FLOOR, *absent))
-    head = [machine(), packages, ""]
-    tail = ["", f"Targets met: {met} of {met + missed}."]
-    return "\n".join([*head, *text, *tail])
+    names = [case.name for case, *_ in results]
+    reasons = [
+        f"{name}, {peer}: {reason.splitlines()[-1]}"
+        for (name, peer), reason in failures.items()
+        if name in names
+    ]
+    tail = ["", *reasons, f"Targets met: {met} of {met + missed}.", ""]
+    return "\n".join([*text, *tail])
 
 
-def ratios(row, medians):
+def against_best(row, medians):
+    return ratio(row, medians.get(best_peer(medians)), medians.get("ioloop"))
+
+
+def against_floor(row, medians):
+    return ratio(row, medians.get("ioloop"), medians.get(FLOOR))
+
+
+def ratio(row, above, below):
     if row.unit in ("1/s", "x"):  # less is better everywhere else
-        return "-", "-"
-    own, best = medians.get("ioloop"), medians.get(best_peer(medians))
-    return ratio(best, own), ratio(own, medians.get(FLOOR))
-
-
-def ratio(above, below):
+        return "-"
     if above is None or not below or above * below < 0:
         return "-"
     return f"{above / below:.2f}"

@@ -2,7 +2,8 @@
 
 A scenario takes an adapter (see loops.py) and its parameters and answers a dict
 of figures.  floor.c and door.pyx hold the same scenarios, under the same names
-and with the same parameters, in C and for C-level handlers.
+and with the same parameters, in C and for C-level handlers.  What only programs of
+asyncio's do is in asyncio_scenarios.py.
 """
 
 import contextvars
@@ -16,16 +17,34 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 
 from benchmarks import targets
-from benchmarks.loops import READ, WRITE, installed, nothing
+from benchmarks.loops import LOOPS, PEERS, READ, WRITE, installed, nothing
 
 clock = time.perf_counter_ns
 
+# Where build.py has put the compiled parts.
+TOOLS = Path(os.environ.get("BENCHMARKS_TOOLS", ""))
+LOAD = [TOOLS / "load"]
+
 # The server and its load have a core each, where there are two.
 SERVER_CORE, LOAD_CORE = (pick(os.sched_getaffinity(0)) for pick in (min, max))
+
+
+class Stopwatch:
+    """Wall time and the process's user CPU time since it was made, in ns."""
+
+    def __init__(self):
+        self.user = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+        self.wall = clock()
+
+    def per(self, count):
+        wall = clock() - self.wall
+        user = resource.getrusage(resource.RUSAGE_SELF).ru_utime - self.user
+        return {"wall": wall / count, "user": user * 1e9 / count}
 
 
 def resident():
@@ -62,20 +81,20 @@ def chain(loop, count):
             loop.stop()
 
     call(step)
-    start = clock()
+    watch = Stopwatch()
     loop.run()
-    return {"wall": (clock() - start) / count}
+    return watch.per(count)
 
 
 def batch(loop, count):
     """`count` callbacks are added, then run."""
     call = loop.call
-    start = clock()
+    watch = Stopwatch()
     for _ in range(count):
         call(nothing)
     call(loop.stop)
     loop.run()
-    return {"wall": (clock() - start) / count}
+    return watch.per(count)
 
 
 def crossthread(loop, count):
@@ -88,12 +107,12 @@ def crossthread(loop, count):
         call(loop.stop)
 
     thread = threading.Thread(target=hand_over)
-    start = clock()
+    watch = Stopwatch()
     loop.call(thread.start)
     loop.run()
-    elapsed = clock() - start
+    figures = watch.per(count)
     thread.join()
-    return {"wall": elapsed / count}
+    return figures
 
 
 def pingpong(loop, count):
@@ -121,11 +140,11 @@ def pingpong(loop, count):
     thread.start()
     ready.wait()
     loop.call(ping)
-    start = clock()
+    watch = Stopwatch()
     loop.run()
-    elapsed = clock() - start
+    figures = watch.per(count)
     thread.join()
-    return {"wall": elapsed / count}
+    return figures
 
 
 # -- timers ------------------------------------------------------------------------
@@ -135,13 +154,13 @@ def timers_cancel(loop, count):
     """`count` timers are set, then cancelled in another order; one pass follows."""
     later, cancel = loop.later, loop.cancel
     delays, order = spread(count, 60, 600), shuffled(range(count))
-    start = clock()
+    watch = Stopwatch()
     timers = [later(delay, nothing) for delay in delays]
     for index in order:
         cancel(timers[index])
     loop.call(loop.stop)
     loop.run()
-    return {"wall": (clock() - start) / count}
+    return watch.per(count)
 
 
 def timers_fire(loop, count):
@@ -155,11 +174,11 @@ def timers_fire(loop, count):
         if not left:
             loop.stop()
 
-    start = clock()
+    watch = Stopwatch()
     for delay in delays:
         later(delay, fire)
     loop.run()
-    return {"wall": (clock() - start) / count}
+    return watch.per(count)
 
 
 def rearm(loop, live, count):
@@ -181,9 +200,9 @@ def rearm(loop, live, count):
             loop.stop()
 
     call(activity)
-    start = clock()
+    watch = Stopwatch()
     loop.run()
-    return {"wall": (clock() - start) / count}
+    return watch.per(count)
 
 
 def million(loop, count):
@@ -272,12 +291,9 @@ def ring(loop, pairs, active, count):
     loop.run()
     for index in range(active):
         write(fds[index * pairs // active][1], b"e")
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    start = clock()
+    watch = Stopwatch()
     loop.run()
-    elapsed = clock() - start
-    user = resource.getrusage(resource.RUSAGE_SELF).ru_utime - usage.ru_utime
-    return {"wall": elapsed / count, "user": user * 1e9 / count}
+    return watch.per(count)
 
 
 def churn(loop, fds, count):
@@ -308,12 +324,12 @@ def churn(loop, fds, count):
             loop.stop()
 
     loop.call(register)
-    start = clock()
+    watch = Stopwatch()
     loop.run()
-    return {"wall": (clock() - start) / (count // fds * fds)}
+    return watch.per(count // fds * fds)
 
 
-def echo(loop, load, **parameters):
+def echo(loop, load=LOAD, **parameters):
     """TCP echo; load.c, on the other core, counts."""
     return echo_with(
         loop.serve_echo,
@@ -336,7 +352,8 @@ def echo_with(serve, call_from_thread, run, stop, load, size, connections, secon
         finally:
             call_from_thread(stop)
 
-    os.sched_setaffinity(0, {SERVER_CORE})
+    for thread in os.listdir("/proc/self/task"):  # some loops have several
+        os.sched_setaffinity(int(thread), {SERVER_CORE})
     listener = socket.create_server(("127.0.0.1", 0), backlog=connections)
     port = listener.getsockname()[1]
     serve(listener)
@@ -350,7 +367,7 @@ def echo_with(serve, call_from_thread, run, stop, load, size, connections, secon
 
 
 def run_load(load, port, pid, size, connections, seconds):
-    arguments = [load, LOAD_CORE, port, pid, size, connections, seconds]
+    arguments = [*load, LOAD_CORE, port, pid, size, connections, seconds]
     answer = subprocess.run(
         [str(argument) for argument in arguments],
         stdout=subprocess.PIPE,
@@ -514,15 +531,16 @@ class Case:
     quick: dict
     rows: list
     rounds: int = 0  # 0: as the command line says
-    peers: list | None = None
+    adapters: dict = field(default_factory=lambda: LOOPS)
+    peers: list = field(default_factory=lambda: PEERS)
     warm_up: bool = True
     charted: str = ""
 
     def applies_to(self, peer):
-        return (self.peers is None or peer in self.peers) and installed(peer)
+        return peer in self.peers and installed(peer)
 
 
-ALL_PYTHON = ["ioloop", "seed", "tornado", "asyncio", "uvloop", "rloop", "gevent"]
+ALL_PYTHON = [*LOOPS]
 FASTEST = (targets.Fastest(1.3), targets.Seed(5))
 KERNEL = (targets.Floor(1.15), targets.DoorFloor(1.05))
 LEAST = (targets.Least(),)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-PYTHON_PEERS = ("tornado", "asyncio", "uvloop", "rloop", "gevent")
+PYTHON_PEERS = ("tornado", "asyncio", "uvloop", "rloop", "rsloop", "gevent")
 
 
 @dataclass
@@ -38,14 +38,27 @@ class Fastest(Target):
         return f">= {self.bound:g}x best ({best}): {ratio:.2f}x", ratio >= self.bound
 
 
-class Seed(Target):
-    """So many times as fast as the seed's rendering."""
+class Peer(Target):
+    """So many times as fast as one peer."""
 
     def judge(self, own, medians):
-        if medians.get("seed") is None:
+        if medians.get(self.peer) is None:
             return None
-        ratio = medians["seed"] / own
-        return f">= {self.bound:g}x seed: {ratio:.1f}x", ratio >= self.bound
+        ratio = medians[self.peer] / own
+        text = f"{self.subject} >= {self.bound:g}x {self.peer}: {ratio:.3g}x"
+        return text, ratio >= self.bound
+
+
+class Seed(Peer):
+    peer = "seed"
+
+
+class Uvloop(Peer):
+    peer = "uvloop"
+
+
+class FastUvloop(Uvloop):
+    subject = "ioloop+fn"
 
 
 class Floor(Target):

@@ -10,16 +10,22 @@ import os
 import resource
 import subprocess
 import sys
-from pathlib import Path
 
 from benchmarks import scenarios
 from benchmarks.loops import DOOR, FLOOR, LOOPS
+from benchmarks.scenarios import LOAD, TOOLS
 
-TOOLS = Path(os.environ.get("BENCHMARKS_TOOLS", ""))
+
+def case_named(name):
+    if name.startswith("asyncio "):  # asyncio is imported only where it is measured
+        from benchmarks.asyncio_scenarios import CASES
+    else:
+        from benchmarks.scenarios import CASES
+    return next(case for case in CASES if case.name == name)
 
 
 def measure(peer, name, quick=False):
-    case = next(case for case in scenarios.CASES if case.name == name)
+    case = case_named(name)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if case.run is scenarios.importing:
@@ -29,7 +35,7 @@ def measure(peer, name, quick=False):
     elif peer == DOOR:
         run = door
     else:
-        run = with_adapter(LOOPS[peer])
+        run = with_adapter(case.adapters[peer])
     if not quick and case.warm_up:
         run(case.run, **case.quick)
     return run(case.run, **(case.quick if quick else case.parameters))
@@ -37,8 +43,6 @@ def measure(peer, name, quick=False):
 
 def with_adapter(adapter):
     def run(scenario, **parameters):
-        if scenario is scenarios.echo:
-            parameters["load"] = TOOLS / "load"
         loop = adapter()
         try:
             return scenario(loop, **parameters)
@@ -58,7 +62,7 @@ def floor(scenario, **parameters):
         )
         try:
             port = int(server.stdout.readline())
-            return scenarios.run_load(TOOLS / "load", port, server.pid, **parameters)
+            return scenarios.run_load(LOAD, port, server.pid, **parameters)
         finally:
             server.kill()
             server.communicate()
@@ -71,7 +75,7 @@ def door(scenario, **parameters):
     spec = importlib.util.spec_from_file_location("door", TOOLS / "door.so")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.run(scenario.__name__, TOOLS / "load", **parameters)
+    return module.run(scenario.__name__, LOAD, **parameters)
 
 
 if __name__ == "__main__":
