@@ -1,6 +1,6 @@
 # make demo      the echo server of examples/, driven by a real client
 # make test      the whole suite but the slow tests
-# make test-all  those too, and conformance, lint, abi3, sanitize and leaks
+# make test-all  those too, and conformance, docs, lint, abi3, sanitize and leaks
 # make conformance
 #                CPython's own tests of asyncio, on ioloop's event loops
 # make libraries asyncio's libraries with real servers, and their own suites
@@ -8,6 +8,7 @@
 #                make dev ARGS=tests/test_timeouts.py
 # make coverage  the lines of ioloop.pyx that the suite runs
 # make bench     the benchmarks; make bench-smoke shows that they run
+# make docs      the documentation, in build/docs; warnings are errors
 # make rows      writes the column "tests" of the table in tests/README.md
 # make lint      Cython, C and Python, with every warning an error
 # make abi3      the wheel for CPython 3.11 and later, in build/wheel, and its symbols
@@ -34,8 +35,8 @@ SOURCES = setup.py pyproject.toml ioloop.pyx ioloop.pxd $(wildcard ioloop-stubs/
 PLATLIB = -c 'import sysconfig; print(sysconfig.get_path("platlib"))'
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all conformance libraries dev coverage bench bench-smoke rows \
-    lint abi3 sanitize leaks platforms clean
+.PHONY: demo test test-all conformance libraries dev coverage bench bench-smoke docs \
+    rows lint abi3 sanitize leaks platforms clean
 
 demo: $(VENV)/module
 	$(BIN)/python examples/echo_demo.py
@@ -45,7 +46,7 @@ test: $(VENV)/module $(VENV)/test
 
 test-all: $(VENV)/module $(VENV)/test $(VENV)/libraries
 	IOLOOP_TEST_TIMEOUT=300 $(BIN)/pytest
-	$(MAKE) conformance lint abi3 sanitize leaks
+	$(MAKE) conformance docs lint abi3 sanitize leaks
 
 # ARGS: parts of the names of the modules to run.
 conformance: $(VENV)/module
@@ -78,6 +79,9 @@ bench: $(VENV)/module $(VENV)/bench
 bench-smoke: $(VENV)/module $(VENV)/test
 	$(BIN)/python -m benchmarks --quick
 	$(BIN)/pytest --quiet --benchmark-disable benchmarks/test_primitives.py
+
+docs: $(VENV)/module $(VENV)/docs
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --fresh-env docs build/docs
 
 rows:
 	$(PYTHON) tests/rows.py
@@ -150,6 +154,6 @@ $(VENV)/module: $(VENV)/tools $(SOURCES) $(filter %.whl,$(MODULE))
 	touch $@
 
 # Rather older versions than some that can't be compiled here: 3.13t has few wheels.
-$(VENV)/test $(VENV)/lint $(VENV)/bench $(VENV)/libraries: $(VENV)/%: $(VENV)/tools pyproject.toml
+$(VENV)/test $(VENV)/lint $(VENV)/bench $(VENV)/docs $(VENV)/libraries: $(VENV)/%: $(VENV)/tools pyproject.toml
 	$(PIP) install --only-binary :all: --group $* || $(PIP) install --group $*
 	touch $@

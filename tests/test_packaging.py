@@ -135,7 +135,7 @@ def wheel(dist):
 
 def test_version():
     assert ioloop.__version__ == importlib.metadata.version(NAME)
-    assert f"\n## {ioloop.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\n## [{ioloop.__version__}] - " in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_tools_are_named_alike():
@@ -283,6 +283,7 @@ def test_sdist_files(sdist):
         *("ioloop.pyx", "ioloop.pxd", "ioloop-stubs/__init__.pyi", "setup.py"),
         *("pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md", "Makefile"),
         *("tests/conftest.py", "tests/test_packaging.py", "examples/echo_server.py"),
+        *("docs/index.md", "docs/recipes/index.md", "SECURITY.md"),
     } <= names
     made = re.compile(r"ioloop\.c|.*\.(so|o|py[co])|build/.*|\.venv.*")
     assert not [name for name in names if made.fullmatch(name)]
