@@ -49,6 +49,12 @@ def arguments():
         type=Path,
         help="where to write the SVG chart; a whole run writes benchmarks/chart.svg",
     )
+    parser.add_argument(
+        "--page",
+        type=Path,
+        help="where to write the tables without targets; a whole run writes "
+        "docs/figures.md",
+    )
     parser.add_argument("--json", type=Path, help="where to write all raw figures")
     options = parser.parse_args()
     if unknown := set(options.peers or ()) - set(ALL_PEERS):
@@ -60,8 +66,9 @@ def arguments():
     ]
     if not options.cases:
         parser.error("no such scenario")
-    if not (options.chart or options.quick or options.scenarios or options.peers):
-        options.chart = HERE / "chart.svg"
+    if not (options.quick or options.scenarios or options.peers):
+        options.chart = options.chart or HERE / "chart.svg"
+        options.page = options.page or HERE.parent / "docs" / "figures.md"
     options.peers = options.peers or ALL_PEERS
     return options
 
@@ -143,7 +150,8 @@ def main():
         if failed(answers)
     }
     print(report.head(peers))
-    for adapters in (LOOPS, ASYNCIO_LOOPS):
+    page = [report.head(peers)]
+    for adapters, title in (LOOPS, "IOLoop"), (ASYNCIO_LOOPS, "asyncio"):
         part = [result for result in results if result[0].adapters is adapters]
         columns = [
             peer
@@ -151,7 +159,14 @@ def main():
             if any(peer in case.peers for case, *_ in part)
         ]
         if part:
-            print(report.table(part, columns, set(columns) - set(peers), failures))
+            absent = set(columns) - set(peers)
+            print(report.table(part, columns, absent, failures))
+            page += [
+                f"## {title}\n",
+                report.table(part, columns, absent, failures, False),
+            ]
+    if options.page:
+        options.page.write_text("\n".join(page))
     if options.chart:
         options.chart.write_text(chart.svg(results, report.machine()))
     if options.json:

@@ -43,8 +43,11 @@ def number(value):
     return f"{value:.3g}"
 
 
-def table(results, peers, absent, failures):
-    """A Markdown table, aligned so that it reads well as plain text too."""
+def table(results, peers, absent, failures, judged=True):
+    """A Markdown table, aligned so that it reads well as plain text too.
+
+    Without targets if it is not judged.
+    """
 
     def cell(case, peer, medians):
         if peer in absent:
@@ -74,8 +77,11 @@ def table(results, peers, absent, failures):
                 "; ".join(marks),
             ]
         )
+    right = [False, False, *[True] * (len(lines[0]) - 3), False]
+    tail = [f"Targets met: {met} of {met + missed}."]
+    if not judged:
+        lines, right, tail = [line[:-1] for line in lines], right[:-1], []
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    right = [False, False, *[True] * (len(widths) - 3), False]
     rule = [
         "-" * (width - 1) + (":" if is_right else "-")
         for width, is_right in zip(widths, right, strict=True)
@@ -93,8 +99,7 @@ def table(results, peers, absent, failures):
         for (name, peer), reason in failures.items()
         if name in names
     ]
-    tail = ["", *reasons, f"Targets met: {met} of {met + missed}.", ""]
-    return "\n".join([*text, *tail])
+    return "\n".join([*text, "", *reasons, *tail, ""])
 
 
 def against_best(row, medians):
