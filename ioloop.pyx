@@ -148,7 +148,7 @@ cdef extern from *:
         ioloop_refuse_subinterpreter(PyInterpreterState_GetID(interpreter))
     """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["IOLoop", "PeriodicCallback", "TimeoutError", "new_event_loop"]
 
 TimeoutError = TimeoutError  # as in Tornado: what run_sync() raises
@@ -385,7 +385,14 @@ cdef class IOLoop(_Referable):
 
     @classmethod
     def instance(cls):
-        """Return the process's loop; the first call makes it.  Any thread."""
+        """Return the process's loop; the first call makes it.  Any thread.
+
+        For a program with one loop, and for code far from where it was made.  A library
+        should rather take a loop as an argument, or use `current()`: it may be called
+        in a thread that has a loop of its own.  The usual mistake is to take
+        `instance()` in a worker thread and call its methods there; from another thread,
+        `add_callback` is the way into the loop.
+        """
         cdef IOLoop loop = _process.get("loop")
         if loop is None:
             loop = cls()
@@ -418,9 +425,10 @@ cdef class IOLoop(_Referable):
     def current(instance=True):
         """Return the loop that runs in this thread, or the thread's current one.
 
-        That is the first loop made in the thread, unless `make_current` said otherwise.
-        Without one, return `instance()`, or None if `instance` is false.  Source:
-        Tornado 4.2.
+        In a callback that is always the loop which called it, so this is what code
+        wants that is run by a loop and not told by which.  Else it is the first loop
+        made in the thread, unless `make_current` said otherwise.  Without one, return
+        `instance()`, or None if `instance` is false.  Source: Tornado 4.2.
         """
         loop = _loop_current()
         return IOLoop.instance() if loop is None and instance else loop
@@ -444,10 +452,14 @@ cdef class IOLoop(_Referable):
         `fd` is a file descriptor or an object with `fileno()`; the handler gets what
         was passed.  `events` is a mask of READ and WRITE (or poll bits of the kernel,
         such as `_EPOLLRDHUP`); ERROR, which is an error or a hang-up, is always added.
-        With a mask of NONE the fd is known but not watched.  The loop is
-        level-triggered: the handler is called again until it has dealt with the event
-        or asked for another mask.  It runs in the context (`contextvars`) that
-        add_handler was called in.
+        With a mask of NONE the fd is known but not watched.  The handler runs in the
+        context (`contextvars`) that add_handler was called in.
+
+        The loop is level-triggered: the handler is called again until it has dealt with
+        the event or asked for another mask.  So the file should not block, and one
+        `recv` a call is enough.  A socket is nearly always ready to WRITE: ask for that
+        only while there is something to send, or the loop never sleeps.  Call
+        remove_handler before the fd is closed.
 
         Raises FileExistsError if the fd has a handler, PermissionError for a regular
         file, OSError for whatever else the kernel refuses, ValueError, OverflowError or
@@ -465,6 +477,7 @@ cdef class IOLoop(_Referable):
     def update_handler(self, fd, events):
         """Watch `fd` for `events` from now on; also drops events already collected.
 
+        The handler stays the same; for another one, remove this one and add that.
         Raises FileNotFoundError if the fd has no handler; otherwise raises what
         add_handler does.  Loop thread only.
         """
@@ -598,6 +611,11 @@ cdef class IOLoop(_Referable):
     def start(self):
         """Run until `stop()` is called, or a BaseException ends the run.
 
+        This is where a program spends its life: handlers and callbacks do all else.  To
+        get the result of one function or coroutine use `run_sync`, and inside of
+        another event loop `run_once`.  An exception of a callback doesn't end the run,
+        but goes to `handle_callback_exception`; a KeyboardInterrupt or SystemExit does.
+
         Everything not yet delivered is kept for the next start.  Returns at once if
         stop() was called before.  Until then the loop belongs to the calling thread.
         Raises RuntimeError if the loop is running.
@@ -611,8 +629,11 @@ cdef class IOLoop(_Referable):
     def stop(self):
         """Make `start()` return once the current iteration is complete.
 
-        Before a start: the next one returns at once.  Wakes a sleeping loop.  May be
-        called from any thread and from a signal handler.
+        Wakes a sleeping loop.  Before a start, the next one returns at once: that is
+        no mistake of a thread which stops a loop that is about to start, but it is one
+        to call stop() again after start() has returned.  Callbacks that are queued stay
+        so for the next start; a program that has to finish them stops in the last one.
+        May be called from any thread and from a signal handler.
         """
         cdef int before = load(&self.stopping)
         _loop_check_open(self)
@@ -630,6 +651,8 @@ cdef class IOLoop(_Referable):
     def run_sync(self, func, timeout=None):
         """Run the loop until `func()` is done; return its value.
 
+        For a script, a test, or the main() of a program that is written with `await`;
+        it is no way to wait inside of a callback, where the loop is running already.
         `func` is a plain function, or one that returns a coroutine or a future, which
         is waited for.  Raises what it raises, TimeoutError after `timeout` seconds,
         RuntimeError if the loop was stopped before.  What is not done by then is
@@ -838,7 +861,8 @@ cdef class IOLoop(_Referable):
         `iterations`, `polls`, `events`, `callbacks` and `timeouts` count what was run,
         `pending_callbacks`, `pending_timeouts` and `handlers` what is registered now;
         `asleep` is the time spent waiting and `longest_busy` the longest time between
-        two waits, both in seconds.
+        two waits, both in seconds.  A busy loop polls without waiting, so the latter is
+        load and not delay.
         """
         _loop_check_open(self)
         return {
@@ -2334,6 +2358,10 @@ cdef class PeriodicCallback(_Referable):
     """PeriodicCallback(callback, callback_time, io_loop=None, jitter=0)
 
     Call `callback()` every `callback_time` milliseconds (or `timedelta`).
+
+    Milliseconds, as in Tornado, though all other times are in seconds.  Nothing happens
+    before `start()`.  Use it for what belongs to the clock: statistics, a heartbeat.
+    For an idle timeout, which moves with each message, cancel a `call_later`.
 
     The first call is one period after `start()`, later ones (without jitter) a whole
     number of periods after the first: the period does not drift, and calls missed
