@@ -3046,7 +3046,7 @@ def _face_class():
     from asyncio import SelectorEventLoop
     # To receive anything, a transport takes 256 KiB of memory.  glibc's malloc() maps
     # and unmaps a block of that size, until a larger one has been freed.
-    bytes(1 << 20)
+    bytes(384 << 10)
 
     class EventLoop(_Face, SelectorEventLoop):
         """An IOLoop as an event loop of asyncio's: see IOLoop.asyncio_loop."""
