@@ -204,8 +204,13 @@ FUTEX = ("202", "98", "240", "422", "238")
 
 def is_asleep(thread):
     """Whether a thread waits in a system call that is not for a lock."""
+    return task_is_asleep(f"self/task/{thread.native_id}")
+
+
+def task_is_asleep(task):
+    """The same of a thread, or the main thread of a process, by its name in /proc."""
     try:
-        with open(f"/proc/self/task/{thread.native_id}/syscall") as state:
+        with open(f"/proc/{task}/syscall") as state:
             number = state.read().split()[0]
     except OSError:
         return False

@@ -16,6 +16,7 @@ import pytest
 from documents import BLOCKS
 from fakes import turn
 from kernel import readable
+from processes import task_is_asleep, wait_until
 
 import ioloop
 
@@ -49,6 +50,11 @@ def free_port():
         return server.getsockname()[1]
 
 
+def is_idle(process):
+    """Whether it sleeps, so that Ctrl-C does not come between two of its steps."""
+    return sys.platform != "linux" or task_is_asleep(process.pid)
+
+
 @these("python")
 def test_python(block, tmp_path):
     """To its end, or as long as somebody uses it, and without an error."""
@@ -79,8 +85,8 @@ def test_python(block, tmp_path):
             if user is not None:
                 program = documents.Running(process, port, tmp_path)
                 getattr(documents, user)(program)
-                if process.poll() is None:
-                    process.send_signal(signal.SIGINT)
+                wait_until(lambda: process.poll() is not None or is_idle(process))
+                process.send_signal(signal.SIGINT)
             output, errors = process.communicate(timeout=30)
         finally:
             process.kill()
