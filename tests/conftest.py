@@ -391,6 +391,11 @@ def pytest_runtest_makereport(item, call):
 
 
 @pytest.fixture
+def log():
+    return []
+
+
+@pytest.fixture
 def counted_files():
     """A function: {fd: what it is} of the descriptors opened since."""
     before = open_files()

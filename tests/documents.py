@@ -23,7 +23,6 @@ import select
 import signal
 import socket
 import ssl
-import struct
 import subprocess
 import sys
 import threading
@@ -32,6 +31,7 @@ from pathlib import Path
 
 import pytest
 from building import ROOT
+from clients import ChatClient, assert_all_hear_each_other, read_all, reset
 from fakes import turn
 from kernel import pair
 from processes import Thread
@@ -186,39 +186,6 @@ def c_worker(worker):
 # -- tutorial: each page's server keeps what the pages before it promised -------
 
 
-class ChatClient:
-    """Knows lines; says its name, if it has one."""
-
-    def __init__(self, program, name=None):
-        self.sock = program.connect()
-        self.file = self.sock.makefile("rb")
-        assert self.read() == "* your name?"
-        if name is not None:
-            assert self.enter(name).startswith(f"* hello {name}, here: ")
-
-    def enter(self, name):
-        self.write(name)
-        return self.read()
-
-    def read(self):
-        """The next line, or "" at the end."""
-        return self.file.readline().decode().rstrip("\n")
-
-    def write(self, *lines):
-        self.sock.sendall("".join(f"{line}\n" for line in lines).encode())
-
-    def reset(self):
-        self.file.close()
-        reset(self.sock)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
-        self.sock.close()
-
-
 def tutorial_naive(program):
     echo_server(program)
 
@@ -307,16 +274,7 @@ def tutorial_talk(program):
 
 def tutorial_chat(program):
     tutorial_talk(program)
-    with contextlib.ExitStack() as stack:
-        guests = []
-        for number in range(50):
-            guests.append(stack.enter_context(ChatClient(program, f"guest {number}")))
-            for guest in guests[:-1]:
-                assert guest.read() == f"* guest {number} came"
-        for number, guest in enumerate(guests):
-            guest.write(str(number))
-            for other in guests[:number] + guests[number + 1 :]:
-                assert other.read() == f"guest {number}: {number}"
+    assert_all_hear_each_other(program)
 
 
 def tutorial_timeouts(program):
@@ -423,14 +381,6 @@ def recipe_tcp_server(program):
             assert sock.recv(1) == b"x"
 
 
-def reset(sock, data=b""):
-    """Close the connection so that the peer gets ECONNRESET."""
-    if data:
-        sock.sendall(data)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
-
-
 def send_until_full(sock):
     """Send without ever reading; the kernels and the program take only so much."""
     sock.settimeout(0.3)
@@ -452,10 +402,6 @@ def talk(sock, data):
     received = read_all(sock)
     thread.join()
     return received
-
-
-def read_all(sock):
-    return b"".join(iter(lambda: sock.recv(65536), b""))
 
 
 def recipe_reconnecting(program):

@@ -236,6 +236,12 @@ def run_callback(loop, function, *args):
     turn(loop)
 
 
+ways = pytest.mark.parametrize(
+    "way", ["start", "run_once", "run_sync", "run_forever", "run_until_complete"]
+)
+our_ways = pytest.mark.parametrize("way", ["start", "run_once", "run_sync"])
+
+
 def run_by(loop, way, function):
     """Run a loop in one of its ways; it calls the function meanwhile."""
 
@@ -252,6 +258,11 @@ def run_by(loop, way, function):
             return loop.run_once(0)
         loop.add_callback(loop.stop)
         loop.start() if way == "start" else loop.asyncio_loop.run_forever()
+
+
+def either(loop, which, name):
+    """The method of that name, of one of the two faces."""
+    return getattr(loop if which == "IOLoop" else loop.asyncio_loop, name)
 
 
 def running():

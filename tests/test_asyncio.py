@@ -15,13 +15,16 @@ from fakes import (
     Exit,
     FakeClock,
     ScriptedPoller,
+    either,
     fail,
     finished,
+    our_ways,
     permutations,
     run_by,
     run_until,
     running,
     turn,
+    ways,
 )
 from kernel import kill, on_signal, pair, readable
 from processes import when_asleep
@@ -29,22 +32,8 @@ from processes import when_asleep
 import ioloop
 from ioloop import IOLoop
 
-ways = pytest.mark.parametrize(
-    "way", ["start", "run_once", "run_sync", "run_forever", "run_until_complete"]
-)
-our_ways = pytest.mark.parametrize("way", ["start", "run_once", "run_sync"])
 endless = pytest.mark.parametrize("run", ["start", "run_forever"])
 stops = pytest.mark.parametrize("stop", ["IOLoop", "asyncio"])
-
-
-@pytest.fixture
-def log():
-    return []
-
-
-def either(loop, which, name):
-    """The method of that name, of one of the two faces."""
-    return getattr(loop if which == "IOLoop" else loop.asyncio_loop, name)
 
 
 # -- Three names ---------------------------------------------------------------

@@ -35,11 +35,6 @@ var = contextvars.ContextVar("var", default="unset")
 threadsafe_handles = hasattr(asyncio.events, "_ThreadSafeHandle")  # from 3.14 on
 
 
-@pytest.fixture
-def log():
-    return []
-
-
 def nothing(*_):
     pass
 

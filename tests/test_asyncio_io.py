@@ -31,11 +31,6 @@ from processes import (
 USR1 = signal.SIGUSR1
 
 
-@pytest.fixture
-def log():
-    return []
-
-
 def nothing(*_):
     pass
 

@@ -18,13 +18,16 @@ from fakes import (
     Exit,
     ScriptedPoller,
     block,
+    either,
     fail,
     finished,
+    our_ways,
     outcome,
     run_by,
     run_until,
     running,
     turn,
+    ways,
 )
 from kernel import pair, readable
 from processes import (
@@ -39,21 +42,7 @@ from processes import (
 import ioloop
 from ioloop import IOLoop
 
-ways = pytest.mark.parametrize(
-    "way", ["start", "run_once", "run_sync", "run_forever", "run_until_complete"]
-)
-our_ways = pytest.mark.parametrize("way", ["start", "run_once", "run_sync"])
 closes = pytest.mark.parametrize("close", ["IOLoop", "asyncio"])
-
-
-@pytest.fixture
-def log():
-    return []
-
-
-def either(loop, which, name):
-    """The method of that name, of one of the two faces."""
-    return getattr(loop if which == "IOLoop" else loop.asyncio_loop, name)
 
 
 def nothing():

@@ -77,11 +77,6 @@ class Owner:
 
 
 @pytest.fixture
-def log():
-    return []
-
-
-@pytest.fixture
 def noting(log):
     """`noting(what)`: a function that appends `what` to the log, and is kept alive."""
     made = []

@@ -1,6 +1,7 @@
 """Each program of examples/, run for real."""
 
 import contextlib
+import functools
 import http.server
 import itertools
 import json
@@ -11,7 +12,6 @@ import resource
 import select
 import signal
 import socket
-import struct
 import time
 import urllib.request
 from pathlib import Path
@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 from building import ROOT, c_echo
+from clients import ChatClient, assert_all_hear_each_other, read_all, reset
 from kernel import limit
 from processes import Thread, end_of, is_asleep, program, wait_until
 
@@ -37,6 +38,7 @@ def serving(name, *arguments, ending=signal.SIGTERM):
         found = re.fullmatch(r"listening on 127\.0\.0\.1:(\d+)\n", line)
         assert found, line + process.stderr.read()
         process.address = "127.0.0.1", int(found[1])
+        process.connect = functools.partial(connect, process)
         yield process
         assert process.poll() is None
         process.send_signal(ending)
@@ -55,15 +57,6 @@ def read_until(process, text, count=1):
 
 def connect(server):
     return socket.create_connection(server.address, timeout=10)
-
-
-def read_all(sock):
-    return b"".join(iter(lambda: sock.recv(65536), b""))
-
-
-def reset(sock):
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
 
 
 def send_until_full(sock):
@@ -240,35 +233,10 @@ def test_seed_accepts_all_that_wait():
 # -- The chat
 
 
-class Lines:
-    """A client of the chat, which knows lines."""
-
-    def __init__(self, server, name=None):
-        self.sock = connect(server)
-        self.file = self.sock.makefile("rb")
-        assert self.read() == "* your name?"
-        if name:
-            self.write(name)
-            assert self.read().startswith(f"* hello {name}, here: ")
-
-    def read(self):
-        return self.file.readline().decode().rstrip("\n")
-
-    def write(self, line):
-        self.sock.sendall(line.encode() + b"\n")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
-        self.sock.close()
-
-
 def test_chat():
     with serving("chat_server.py") as server:
-        with Lines(server, "ann") as ann:
-            with Lines(server, "bob") as bob:
+        with ChatClient(server, "ann") as ann:
+            with ChatClient(server, "bob") as bob:
                 assert ann.read() == "* bob came"
                 bob.write("hello")
                 assert ann.read() == "bob: hello"
@@ -280,7 +248,7 @@ def test_chat():
 
 def test_chat_names_are_unique():
     with serving("chat_server.py") as server:
-        with Lines(server, "ann"), Lines(server) as other:
+        with ChatClient(server, "ann"), ChatClient(server) as other:
             other.write("ann")
             assert other.read() == "* ann is not free, choose another name"
             other.write("")
@@ -291,7 +259,7 @@ def test_chat_names_are_unique():
 
 def test_chat_lines_in_pieces():
     with serving("chat_server.py") as server:
-        with Lines(server, "ann") as ann, Lines(server, "bob") as bob:
+        with ChatClient(server, "ann") as ann, ChatClient(server, "bob") as bob:
             assert ann.read() == "* bob came"
             for piece in (b"in ", b"p", b"ieces\nand tw", b"o\n"):
                 bob.sock.sendall(piece)
@@ -305,7 +273,7 @@ def test_chat_lines_in_pieces():
 
 def test_chat_idle_guests_leave():
     with serving("chat_server.py", "--idle=0.4") as server:
-        with Lines(server, "ann") as ann, Lines(server, "bob"):
+        with ChatClient(server, "ann") as ann, ChatClient(server, "bob"):
             assert ann.read() == "* bob came"
             # She came first: she would be the first to leave.
             while not is_readable(ann.sock, 0.05):
@@ -317,8 +285,8 @@ def test_chat_idle_guests_leave():
 
 
 def test_chat_bad_guests_harm_no_other():
-    with serving("chat_server.py") as server, Lines(server, "ann") as ann:
-        with Lines(server, "silent") as silent, Lines(server, "long") as long:
+    with serving("chat_server.py") as server, ChatClient(server, "ann") as ann:
+        with ChatClient(server, "silent") as silent, ChatClient(server, "long") as long:
             assert ann.read() == "* silent came"
             assert ann.read() == "* long came"
             with contextlib.suppress(ConnectionError):
@@ -326,7 +294,7 @@ def test_chat_bad_guests_harm_no_other():
             assert ann.read() == "* long left (that line was too long)"
 
             # The one who reads nothing is told so much that it has to leave.
-            with Lines(server, "talks") as talks:
+            with ChatClient(server, "talks") as talks:
                 assert ann.read() == "* talks came"
                 line = "x" * 4000
                 for count in itertools.count():
@@ -344,17 +312,8 @@ def test_chat_bad_guests_harm_no_other():
 
 
 def test_chat_many_guests():
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(serving("chat_server.py"))
-        guests = []
-        for number in range(50):
-            guests.append(stack.enter_context(Lines(server, f"guest {number}")))
-            for guest in guests[:-1]:
-                assert guest.read() == f"* guest {number} came"
-        for number, guest in enumerate(guests):
-            guest.write(str(number))
-            for other in guests[:number] + guests[number + 1 :]:
-                assert other.read() == f"guest {number}: {number}"
+    with serving("chat_server.py") as server:
+        assert_all_hear_each_other(server)
 
 
 # -- The supervisor

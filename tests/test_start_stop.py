@@ -33,11 +33,6 @@ from ioloop import IOLoop
 
 
 @pytest.fixture
-def log():
-    return []
-
-
-@pytest.fixture
 def script(log):
     """A loop of three handlers that are ready in every poll; `log` gets it all."""
 
