@@ -162,7 +162,7 @@ def main():
             absent = set(columns) - set(peers)
             print(report.table(part, columns, absent, failures))
             page += [
-                f"## {title}\n",
+                f"### {title}\n",
                 report.table(part, columns, absent, failures, False),
             ]
     if options.page:
