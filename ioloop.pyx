@@ -2657,7 +2657,7 @@ cdef class _Sync:
 # repr(), and asyncio need not be imported for the class to exist.
 
 
-_asyncio = {}  # "EventLoop": the class of all faces, once asyncio is needed
+_asyncio = {}  # once asyncio is needed, its "Future", and "EventLoop", all faces' class
 
 
 cdef class _Handle(_Referable):
@@ -3011,7 +3011,15 @@ cdef class _Face:
         """Return whether the loop is running, through whichever of its faces."""
         return bool(load(&self.ready)) and IOLoop.running(self.ioloop)
 
-    # What asyncio's own methods call
+    # What asyncio's own methods and tasks call
+
+    def create_future(self):
+        """Return a new `asyncio.Future` of this loop."""
+        return _asyncio["Future"](loop=self)
+
+    def get_debug(self):
+        """Return whether the loop is in debug mode."""
+        return self._debug
 
     def _ensure_fd_no_transport(self, fd):
         # For an fd that is free, asyncio's raises and catches a KeyError, which takes
@@ -3043,7 +3051,8 @@ def _face_class():
     """The class of all faces, made when asyncio is first needed."""
     if "EventLoop" in _asyncio:
         return _asyncio["EventLoop"]
-    from asyncio import SelectorEventLoop
+    from asyncio import Future, SelectorEventLoop
+    _asyncio["Future"] = Future
     # To receive anything, a transport takes 256 KiB of memory.  glibc's malloc() maps
     # and unmaps a block of that size, until a larger one has been freed.
     bytes(384 << 10)
