@@ -586,6 +586,7 @@ def threads_case(work, parameters, quick):
         {"work": work, "rounds": 5, **parameters},
         {"work": work, "rounds": 1, **quick},
         [Row("one", "ns"), Row("two", "ns"), Row("gain", "x", GAIN)],
+        rounds=1,  # it has rounds of its own
         peers=ALL_PYTHON,
     )
 
