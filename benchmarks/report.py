@@ -28,8 +28,9 @@ def head(peers):
     """What was measured, and on what."""
     found = []
     for peer in [*peers, "aiofastnet"]:
+        distribution = "ioloop-native" if peer == "ioloop" else peer
         try:
-            found.append(f"{peer} {version(peer)}")
+            found.append(f"{peer} {version(distribution)}")
         except PackageNotFoundError:
             continue
     return f"{machine()}\n{', '.join(found)}\n"
