@@ -1481,17 +1481,18 @@ cdef int _run_handler(IOLoop loop, _Handler handler, uint32_t events) except -1:
 
 cdef int _run_call(IOLoop loop, object called) except -1:
     """Run a callback or timeout of Python's in its context."""
-    cdef object callback = called, context = None
-    cdef PyObject *entered = <PyObject *>loop.empty_context
+    cdef object callback, context = None
+    cdef PyObject *entered
     cdef PyObject *result
+    if type(called) is _Handle or type(called) is _TimerHandle:
+        return _handle_run(loop, <_Handle>called)
+    callback, entered = called, <PyObject *>loop.empty_context
     if type(called) is _Call:
         callback, context = (<_Call>called).callback, (<_Call>called).context
         if context is not None:
             entered = <PyObject *>context
         result = call(entered, <PyObject *>callback, <PyObject *>(<_Call>called).args,
                       <PyObject *>(<_Call>called).kwargs)
-    elif type(called) is _Handle or type(called) is _TimerHandle:
-        return _handle_run(loop, <_Handle>called)
     else:
         result = call0(entered, <PyObject *>callback)
     try:
@@ -2660,8 +2661,10 @@ cdef class _Sync:
 _asyncio = {}  # once asyncio is needed, its "Future", and "EventLoop", all faces' class
 
 
-cdef class _Handle(_Referable):
+@cython.freelist(64)
+cdef class _Handle:
     """What `call_soon` returns, an `asyncio.Handle`."""
+    cdef object __weakref__                 # no _Referable: only a base has a freelist
     cdef readonly _Face _loop
     cdef readonly object _source_traceback  # in debug mode: where it was made,
     cdef object description                 # and its repr() before it was cancelled
@@ -2811,16 +2814,17 @@ cdef int _handle_run(IOLoop loop, _Handle handle) except -1:
     if handle.lock is not None:
         with handle.lock:
             return _handle_run_timed(loop, handle)
-    return _handle_run_timed(loop, handle)
+    if handle._loop._debug:
+        return _handle_run_timed(loop, handle)
+    return _handle_call(loop, handle)
 
 
-cdef inline int _handle_run_timed(IOLoop loop, _Handle handle) except -1:
+cdef int _handle_run_timed(IOLoop loop, _Handle handle) except -1:
     """In debug mode, warn if it takes long."""
     cdef _Face face = handle._loop
-    cdef int64_t before, spent
+    cdef int64_t before = read_clock(), spent
     if not face._debug:
         return _handle_call(loop, handle)
-    before = read_clock()
     face._current_handle = handle
     try:
         _handle_call(loop, handle)
