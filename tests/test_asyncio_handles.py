@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import functools
+import gc
 import math
 import signal
 import sys
@@ -17,6 +18,7 @@ from fakes import (
     context_with,
     fail,
     in_time,
+    run_until,
     turn,
 )
 from kernel import kill, pair, readable
@@ -174,6 +176,24 @@ def test_what_is_cancelled_is_dropped_at_once(loop, face, how):
     handle.cancel()
     assert [each() for each in dead] == [None, None]
     assert loop.stats()["pending_timeouts"] == 0
+
+
+@hows
+def test_what_keeps_its_own_handle_is_collected(loop, face, how):
+    """While the loop lives on, which some other loops don't manage."""
+
+    class Thing:
+        def __init__(self):
+            self.handle = add(face, how, self.run)
+
+        def run(self):
+            runs.append(how)
+
+    runs = []
+    dead = weakref.ref(Thing())
+    run_until(loop, lambda: runs)
+    gc.collect()
+    assert dead() is None
 
 
 @pytest.mark.row("B27")
