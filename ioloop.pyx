@@ -2666,12 +2666,11 @@ cdef class _Handle:
     """What `call_soon` returns, an `asyncio.Handle`."""
     cdef object __weakref__                 # no _Referable: only a base has a freelist
     cdef readonly _Face _loop
-    cdef readonly object _source_traceback  # in debug mode: where it was made,
-    cdef object description                 # and its repr() before it was cancelled
     cdef object callback, args              # None: cancelled; no arguments
     cdef object context                     # None: an empty one
     cdef int is_cancelled
     cdef object lock                        # None, or held to run it and to cancel it
+    cdef tuple notes                        # in debug mode: _source_traceback, _repr
 
     def __init__(self):
         raise TypeError("a handle is made by an event loop")
@@ -2727,9 +2726,14 @@ cdef class _Handle:
             return () if self.args is None and self.callback is not None else self.args
 
     @property
+    def _source_traceback(self):
+        with cython.critical_section(self):
+            return None if self.notes is None else self.notes[0]
+
+    @property
     def _repr(self):
         with cython.critical_section(self):
-            return self.description
+            return None if self.notes is None else self.notes[1]
 
 
 @cython.final
@@ -2775,7 +2779,7 @@ cdef inline int _handle_fill(_Handle handle, _Face face, object callback, tuple 
     handle.context = capture_context() if context is None else context
     if face._debug:
         from asyncio.format_helpers import extract_stack
-        handle._source_traceback = extract_stack(sys._getframe())
+        handle.notes = extract_stack(sys._getframe()), None
 
 
 cdef inline _Handle _handle_make(_Face face, object callback, tuple args,
@@ -2794,17 +2798,18 @@ cdef int _handle_cancel(_Handle handle) except -1:
 
 cdef int _handle_clear(_Handle handle) except -1:
     cdef _Section section
+    cdef tuple notes = None
     if swap(&handle.is_cancelled, True):
         return 0
-    description = None
     try:
         if handle._loop is not None and handle._loop._debug:
-            description = repr(handle)
+            notes = handle._source_traceback, repr(handle)
     finally:
         enter(&section, handle)
         callback, args = handle.callback, handle.args
         handle.callback = handle.args = None
-        handle.description = description
+        if notes is not None:
+            handle.notes = notes
         leave(&section)
         del callback, args  # not earlier: their destructors may do anything
 
@@ -2857,16 +2862,15 @@ cdef int _handle_call(IOLoop loop, _Handle handle) except -1:
     if result == NULL:
         return _handle_report(loop, handle, callback, args or (), in_empty)
     Py_XDECREF(result)
-    if in_empty:
+    if in_empty and not is_unused(<PyObject *>loop.empty_context):
         _handle_keep_context(loop, handle)
 
 
-cdef inline int _handle_keep_context(IOLoop loop, _Handle handle) except -1:
+cdef int _handle_keep_context(IOLoop loop, _Handle handle) except -1:
     """What a callback sets in an empty context is there when it is called again."""
-    if not is_unused(<PyObject *>loop.empty_context):
-        used, loop.empty_context = loop.empty_context, Context()
-        if handle.context is None:
-            handle.context = used
+    used, loop.empty_context = loop.empty_context, Context()
+    if handle.context is None:
+        handle.context = used
 
 
 cdef int _handle_report(IOLoop loop, _Handle handle, object callback, tuple args,
@@ -2875,7 +2879,7 @@ cdef int _handle_report(IOLoop loop, _Handle handle, object callback, tuple args
         try:
             raise_pending()
         finally:
-            if in_empty:
+            if in_empty and not is_unused(<PyObject *>loop.empty_context):
                 _handle_keep_context(loop, handle)  # in which the hook is called
     except (SystemExit, KeyboardInterrupt):
         raise  # out of the run
