@@ -2818,7 +2818,11 @@ cdef int _handle_run(IOLoop loop, _Handle handle) except -1:
     """Run a call of asyncio's, whose exceptions go to asyncio's hook."""
     if handle.lock is not None:
         with handle.lock:
-            return _handle_run_timed(loop, handle)
+            return _handle_run_held(loop, handle)
+    return _handle_run_held(loop, handle)
+
+
+cdef inline int _handle_run_held(IOLoop loop, _Handle handle) except -1:
     if handle._loop._debug:
         return _handle_run_timed(loop, handle)
     return _handle_call(loop, handle)
@@ -2828,8 +2832,6 @@ cdef int _handle_run_timed(IOLoop loop, _Handle handle) except -1:
     """In debug mode, warn if it takes long."""
     cdef _Face face = handle._loop
     cdef int64_t before = read_clock(), spent
-    if not face._debug:
-        return _handle_call(loop, handle)
     face._current_handle = handle
     try:
         _handle_call(loop, handle)
