@@ -1385,8 +1385,8 @@ cdef int _run_poll(IOLoop loop, int64_t limit) except -1:
 cdef int _run_sleep(IOLoop loop, int64_t wait) except -1:
     """Poll without the GIL, and count how long."""
     cdef int *asleep = &loop.queue.inbox.asleep
-    cdef int64_t before = read_clock(), now = before, left = wait, slack
-    cdef bint native = not loop.poller.foreign
+    cdef int64_t before = read_clock(), now = before, left = wait, rest, slack
+    cdef bint native = not loop.poller.foreign, early
     cdef int n = 0
     _run_count_busy(loop, before)
     loop.queue.shrink()
@@ -1402,13 +1402,15 @@ cdef int _run_sleep(IOLoop loop, int64_t wait) except -1:
             # Linux sleeps longer by the thread's timer slack, or by 0.1 %.  If it does
             # not, a second poll sleeps the rest.
             left = min(left, LONGEST_SLEEP * <int64_t>SECOND) if native else left
-            slack = max(SLACK, left // 1000) if HAVE_EPOLL and native else left
+            slack = max(SLACK, left // 1000) if HAVE_EPOLL and native else 0
             left = 0 if _run_has_work(loop) else left - slack if left > slack else left
             n = loop.poller.wait(left)
             now = read_clock()
-            if not loop.poller.interrupted:
+            rest = wait - (now - before)
+            early = n == 0 and left != 0 and 0 < rest <= slack
+            if not early and not loop.poller.interrupted:
                 break
-            left = wait if wait == FOREVER else max(0, wait - (now - before))
+            left = wait if wait == FOREVER else max(0, rest)
     finally:
         store(asleep, 0)
         if loop.watchdog is not None:

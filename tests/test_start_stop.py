@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import ctypes
 import functools
 import gc
 import io
@@ -565,6 +566,23 @@ def test_run_once_waits_for_what_comes(loop):
     loop.run_once()
     loop.run_once(0)
     assert log == [1]
+
+
+@pytest.mark.skipif(not hasattr(select, "epoll"), reason="prctl() is Linux's")
+def test_run_once_sleeps_to_the_end(loop):
+    """A poll is told to sleep less by the timer slack, and here there is none."""
+    log = []
+
+    def run():
+        set_timer_slack = 29
+        assert ctypes.CDLL(None).prctl(set_timer_slack, 1, 0, 0, 0) == 0
+        for i in range(200):
+            loop.call_later(0.001, log.append, i)
+            loop.run_once(0.1)  # not for ever, if it is due by now
+            loop.run_once(0)
+            assert log == list(range(i + 1))
+
+    Thread(run).join()
 
 
 @pytest.mark.parametrize("timeout", ["1", [], float("nan")])
