@@ -2660,7 +2660,7 @@ cdef class _Sync:
 # repr(), and asyncio need not be imported for the class to exist.
 
 
-_asyncio = {}  # once asyncio is needed, its "Future", and "EventLoop", all faces' class
+_asyncio = {}  # once it is needed: modules of it, and "EventLoop", all faces' class
 
 
 @cython.freelist(64)
@@ -2933,6 +2933,7 @@ cdef class _Face:
     """Our half of an asyncio event loop, the first base of its class."""
     cdef readonly IOLoop ioloop     # never None
     cdef public bint _debug, _closed
+    cdef public object _task_factory
     cdef int ready                  # __init__() is done
     cdef bint locks_handles         # of call_soon_threadsafe(), as CPython 3.14 does
     cdef object outer, outer_task, outer_hooks  # asyncio's loop before this run
@@ -3027,7 +3028,13 @@ cdef class _Face:
 
     def create_future(self):
         """Return a new `asyncio.Future` of this loop."""
-        return _asyncio["Future"](loop=self)
+        return _asyncio["futures"].Future(loop=self)
+
+    def create_task(self, coro, **options):
+        """Return a new `asyncio.Task` of this loop, which runs the coroutine."""
+        if self._task_factory is not None or self._debug or self._closed:
+            return super().create_task(coro, **options)
+        return _asyncio["tasks"].Task(coro, loop=self, **options)
 
     def get_debug(self):
         """Return whether the loop is in debug mode."""
@@ -3063,8 +3070,8 @@ def _face_class():
     """The class of all faces, made when asyncio is first needed."""
     if "EventLoop" in _asyncio:
         return _asyncio["EventLoop"]
-    from asyncio import Future, SelectorEventLoop
-    _asyncio["Future"] = Future
+    from asyncio import SelectorEventLoop, futures, tasks
+    _asyncio.update(futures=futures, tasks=tasks)
     # To receive anything, a transport takes 256 KiB of memory.  glibc's malloc() maps
     # and unmaps a block of that size, until a larger one has been freed.
     bytes(384 << 10)

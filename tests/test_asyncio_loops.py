@@ -134,6 +134,52 @@ def test_methods_of_a_closed_face(loop, face, stock, close, name):
     assert str(ours) == str(theirs)
 
 
+@pytest.mark.parametrize("debug", [False, True])
+def test_create_task_is_asyncios(face, stock, debug):
+    """Its options, and those that it refuses, a factory's task, and debug mode."""
+
+    async def coroutine():
+        pass
+
+    def make(loop, coroutine, **options):
+        made.append(options)
+        return asyncio.Task(coroutine, loop=loop, **options)
+
+    outcomes, made = [], []
+    for each in face, stock:
+        each.set_debug(debug)
+        task = each.create_task(coroutine(), name="named")
+        each.run_until_complete(task)
+        outcome = [type(task), task.get_name(), bool(task._source_traceback)]
+        refused = coroutine()
+        for options in {"loop": each}, {"unknown": 1}:
+            with pytest.raises(TypeError):
+                each.create_task(refused, **options)
+        refused.close()
+        each.set_task_factory(make)
+        task = each.create_task(coroutine(), name="made")
+        each.run_until_complete(task)
+        outcomes.append([*outcome, task.get_name(), made.pop()])
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0][:3] == [asyncio.Task, "named", debug]
+
+
+def test_tasks_and_futures_are_of_the_classes_that_asyncio_has_now(face, monkeypatch):
+    """Some programs replace them, such as by those in Python."""
+
+    class Task(asyncio.Task):
+        pass
+
+    class Future(asyncio.Future):
+        pass
+
+    monkeypatch.setattr(asyncio.tasks, "Task", Task)
+    monkeypatch.setattr(asyncio.futures, "Future", Future)
+    task = face.create_task(nothing_to_await())
+    assert (type(task), type(face.create_future())) == (Task, Future)
+    face.run_until_complete(task)
+
+
 def test_create_task_of_a_closed_face(face):
     face.close()
     coroutine = nothing_to_await()
