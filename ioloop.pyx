@@ -930,6 +930,7 @@ cdef int _loop_claim(IOLoop loop) except -1:
 cdef int _loop_release(IOLoop loop) except -1:
     with cython.critical_section(loop):
         _waker_go_idle(loop)
+        loop.queue.track()
         store_id(&loop.timers.thread_id, 0)
         store_id(&loop.poller.thread_id, 0)
         store_id(&loop.thread_id, 0)
@@ -1654,6 +1655,10 @@ cdef extern from *:
         return item;
     }
     """
+    bint PyObject_GC_IsTracked(PyObject *)
+    void PyObject_GC_Track(PyObject *)
+    void PyObject_GC_UnTrack(PyObject *)
+    Py_ssize_t Py_REFCNT(PyObject *)
     PyObject *list_peek "ioloop_list_peek"(list items, Py_ssize_t i)
     void list_put "ioloop_list_put"(list items, Py_ssize_t i, object item)
     object list_take "ioloop_list_take"(list items, Py_ssize_t i)
@@ -1783,6 +1788,15 @@ cdef class _Queue:
             except MemoryError:
                 pass
 
+    cdef int track(self) noexcept:
+        """Show the garbage collector what a run has left."""
+        cdef uint64_t n
+        cdef PyObject *called
+        for n in range(self.head, self.tail):
+            called = list_peek(self.ring, <Py_ssize_t>(n & self.mask))
+            if type(<object>called) is _Handle or type(<object>called) is _Call:
+                _queue_track(called)
+
     cdef inline uint64_t count_run(self) noexcept:
         return self.head + load64(&self.inbox.head)
 
@@ -1824,7 +1838,25 @@ cdef inline int _queue_add(IOLoop loop, object callback, object args, dict kwarg
                            object context) except -1:
     _loop_check_open(loop)
     require_callable(callback)
-    return loop.queue.push(make_call(callback, args, kwargs, context))
+    called = make_call(callback, args, kwargs, context)
+    loop.queue.push(called)
+    if called is not callback:
+        _queue_untrack(loop, called)
+
+
+# While a loop runs, nothing in its queue is garbage, and the garbage collector need not
+# walk through thousands of calls to find that out.  It sees those again that somebody
+# keeps when they are run, and those that are left when the run ends.
+
+cdef inline int _queue_untrack(IOLoop loop, object called) noexcept:
+    """Hide a call that was queued just now."""
+    if not FREE_THREADED and loop.thread_id != 0:
+        PyObject_GC_UnTrack(<PyObject *>called)
+
+
+cdef inline int _queue_track(PyObject *called) noexcept:
+    if not FREE_THREADED and not PyObject_GC_IsTracked(called):
+        PyObject_GC_Track(called)
 
 
 cdef bint _inbox_grow(_Inbox *inbox) noexcept nogil:
@@ -2818,6 +2850,8 @@ cdef int _handle_clear(_Handle handle) except -1:
 
 cdef int _handle_run(IOLoop loop, _Handle handle) except -1:
     """Run a call of asyncio's, whose exceptions go to asyncio's hook."""
+    if Py_REFCNT(<PyObject *>handle) > 1:
+        _queue_track(<PyObject *>handle)
     if handle.lock is not None:
         with handle.lock:
             return _handle_run_held(loop, handle)
@@ -2834,6 +2868,7 @@ cdef int _handle_run_timed(IOLoop loop, _Handle handle) except -1:
     """In debug mode, warn if it takes long."""
     cdef _Face face = handle._loop
     cdef int64_t before = read_clock(), spent
+    _queue_track(<PyObject *>handle)
     face._current_handle = handle
     try:
         _handle_call(loop, handle)
@@ -2889,6 +2924,7 @@ cdef int _handle_report(IOLoop loop, _Handle handle, object callback, tuple args
         raise  # out of the run
     except BaseException as error:
         from asyncio.format_helpers import _format_callback_source as describe
+        _queue_track(<PyObject *>handle)
         # Newer versions leave the arguments out, except in debug mode.
         options = {"debug": handle._loop._debug} if describe.__kwdefaults__ else {}
         source = describe(callback, args, **options)
@@ -2955,6 +2991,7 @@ cdef class _Face:
         _face_check(self, callback, "call_soon")
         handle = _handle_make(self, callback, args, context)
         self.ioloop.queue.push(handle)
+        _queue_untrack(self.ioloop, handle)
         return handle
 
     def call_soon_threadsafe(self, callback, *args, context=None):
@@ -2964,6 +3001,7 @@ cdef class _Face:
         if self.locks_handles:
             handle.lock = RLock()
         self.ioloop.queue.push(handle)
+        _queue_untrack(self.ioloop, handle)
         return handle
 
     def time(self):
@@ -4538,6 +4576,7 @@ cdef int _fork_reinit(IOLoop loop) except -1:
     _waker_register(loop)
     if loop.thread_id != 0 and loop.thread_id != get_thread_id():
         # The thread that ran the loop is not in this child: end what it had begun.
+        loop.queue.track()
         loop.thread_id = loop.timers.thread_id = 0
         if loop.runs_asyncio:
             loop.runs_asyncio, loop.face._thread_id = False, None

@@ -18,7 +18,6 @@ from fakes import (
     context_with,
     fail,
     in_time,
-    run_until,
     turn,
 )
 from kernel import kill, pair, readable
@@ -179,21 +178,45 @@ def test_what_is_cancelled_is_dropped_at_once(loop, face, how):
 
 
 @hows
-def test_what_keeps_its_own_handle_is_collected(loop, face, how):
+@pytest.mark.parametrize("ending", ["run", "cancelled", "failed", "failed, then kept"])
+@pytest.mark.parametrize("running", [False, True])
+def test_what_keeps_its_own_handle_is_collected(loop, face, how, ending, running):
     """While the loop lives on, which some other loops don't manage."""
 
     class Thing:
         def __init__(self):
-            self.handle = add(face, how, self.run)
+            kept = add(face, how, self.run)
+            if ending != "failed, then kept":
+                self.handle = kept
+            if ending == "cancelled":
+                self.handle.cancel()
+            references.append(weakref.ref(self))
 
         def run(self):
             runs.append(how)
+            if ending.startswith("failed"):
+                raise Failure(self)
 
-    runs = []
-    dead = weakref.ref(Thing())
-    run_until(loop, lambda: runs)
+    class Failure(Exception):
+        pass
+
+    def keep(face, context):
+        context["exception"].args[0].kept = context
+
+    def begin():
+        Thing()
+        face.call_later(0, loop.stop)
+
+    references, runs = [], []
+    face.set_exception_handler(keep)
+    if running:
+        loop.add_callback(begin)
+    else:
+        begin()
+    loop.start()
+    assert runs == [how] * (ending != "cancelled")
     gc.collect()
-    assert dead() is None
+    assert [dead() for dead in references] == [None]
 
 
 @pytest.mark.row("B27")

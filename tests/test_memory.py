@@ -206,6 +206,17 @@ def in_asyncio(loop, thing):
     loop.asyncio_loop.set_exception_handler(lambda *_: thing)
 
 
+def queue(loop, thing):
+    loop.add_callback(thing, 1)
+    thing.handle = loop.asyncio_loop.call_soon(thing)
+
+
+def left_by_a_run(loop, thing):
+    """While the loop runs, the garbage collector does not see what is queued."""
+    loop.add_callback(queue, loop, thing)
+    loop.run_once(0)
+
+
 def in_periodic(loop, thing):
     thing.periodic = thing.module.PeriodicCallback(thing, 60_000, loop)
     thing.periodic.start()
@@ -222,6 +233,7 @@ PLACES = [
     in_context,
     in_coroutine,
     in_asyncio,
+    left_by_a_run,
     in_periodic,
 ]
 
