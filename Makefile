@@ -42,7 +42,7 @@ demo: $(VENV)/module
 	$(BIN)/python examples/echo_demo.py
 
 test: $(VENV)/module $(VENV)/test
-	$(BIN)/pytest -m "not slow" $(ARGS)
+	$(BIN)/$(if $(ARGS),pytest,python tests/parts.py) -m "not slow" $(ARGS)
 
 test-all: $(VENV)/module $(VENV)/test $(VENV)/libraries
 	IOLOOP_TEST_TIMEOUT=300 $(BIN)/pytest

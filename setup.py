@@ -66,12 +66,12 @@ if "abi3" in switches:
     ioloop.extra_compile_args += ["-Wno-unused-function", "-Wno-unused-variable"]
 if switches.keys() & {"debug", "coverage", "fake_kqueue", "sanitize"}:
     # For tests: what is compiled often has to compile fast.
-    ioloop.extra_compile_args += ["-O1", "-g"]
+    ioloop.extra_compile_args += ["-O1" if "sanitize" in switches else "-O0", "-g"]
 if "debug" in switches:
     ioloop.define_macros += [("IOLOOP_DEBUG", "1")]
     ioloop.undef_macros += ["NDEBUG"]
 if "coverage" in switches:
-    ioloop.extra_compile_args += ["-O0", "--coverage"]
+    ioloop.extra_compile_args += ["--coverage"]
     ioloop.extra_link_args += ["--coverage", "-Wl,-u,__gcov_dump"]
 if "fake_kqueue" in switches:
     ioloop.define_macros += [("IOLOOP_FAKE_KQUEUE", "1")]

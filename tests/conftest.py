@@ -61,7 +61,7 @@ def pytest_runtest_logstart(nodeid):
         Path(CURRENT_TEST).write_text(nodeid)
 
 
-# -- Rows of the table in README.md -------------------------------------------
+# -- Which tests ---------------------------------------------------------------
 
 
 def pytest_addoption(parser):
@@ -72,18 +72,26 @@ def pytest_addoption(parser):
         metavar="A17",
         help="only tests of this row of tests/README.md (may be given several times)",
     )
+    parser.addoption(
+        "--part", type=int, choices=[1, 2], help="only every second test (see parts.py)"
+    )
 
 
+@pytest.hookimpl(trylast=True)  # of what -m and -k leave
 def pytest_collection_modifyitems(config, items):
-    wanted = set(config.getoption("row"))
-    if not wanted:
-        return
-    chosen, others = [], []
-    for item in items:
-        rows = {row for mark in item.iter_markers("row") for row in mark.args}
-        (chosen if rows & wanted else others).append(item)
-    items[:] = chosen
-    config.hook.pytest_deselected(items=others)
+    chosen = list(items)
+    if wanted := set(config.getoption("row")):
+        chosen = [
+            item
+            for item in items
+            if any(wanted & set(mark.args) for mark in item.iter_markers("row"))
+        ]
+    if part := config.getoption("part"):
+        chosen = chosen[part - 1 :: 2]
+    if len(chosen) < len(items):
+        kept = set(chosen)
+        config.hook.pytest_deselected(items=[i for i in items if i not in kept])
+        items[:] = chosen
 
 
 # -- Pollers ------------------------------------------------------------------

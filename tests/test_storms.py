@@ -307,7 +307,7 @@ def block_until_reported(loop, reported):
 @pytest.mark.parametrize("owner", ["callback", "program"])
 def test_time_limits_in_callbacks_of_a_watched_loop(watched, size, owner):
     """Each is told its owner once and in time, and no one else."""
-    count, numbers, calls = size(75, 10_000), random.Random(2), []
+    count, numbers, calls = size(40, 10_000), random.Random(2), []
     passed, kept, wrong, reported = [], [], [], []
 
     def on_limit(number, frame):

@@ -441,7 +441,7 @@ def test_a_wake_up_during_close_does_not_kill(poller):
             except RuntimeError:
                 return "closed"
 
-        for _ in range(40):
+        for _ in range(20):
             loop = ioloop.IOLoop(impl=impl())
             if impl is not ioloop._Select:
                 loop.fileno()  # somebody else polls it: each stop() may ring
