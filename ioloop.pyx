@@ -1839,17 +1839,18 @@ cdef inline int _queue_add(IOLoop loop, object callback, object args, dict kwarg
     _loop_check_open(loop)
     require_callable(callback)
     called = make_call(callback, args, kwargs, context)
-    loop.queue.push(called)
-    if called is not callback:
-        _queue_untrack(loop, called)
+    if called is callback:
+        return loop.queue.push(called)
+    return _queue_push(loop, called)
 
 
 # While a loop runs, nothing in its queue is garbage, and the garbage collector need not
 # walk through thousands of calls to find that out.  It sees those again that somebody
 # keeps when they are run, and those that are left when the run ends.
 
-cdef inline int _queue_untrack(IOLoop loop, object called) noexcept:
-    """Hide a call that was queued just now."""
+cdef inline int _queue_push(IOLoop loop, object called) except -1:
+    """Queue a _Call or a _Handle that nobody else can have yet."""
+    loop.queue.push(called)
     if not FREE_THREADED and loop.thread_id != 0:
         PyObject_GC_UnTrack(<PyObject *>called)
 
@@ -2581,7 +2582,7 @@ cdef bint _future_is_cancelled(object future) except -1:
 def _future_relay(IOLoop loop not None, callback, context, future):
     """Queue the callback of a future that is done, unless the loop is closed."""
     if load(&loop.state) >= OPEN:
-        loop.queue.push(make_call(callback, (future,), None, context))
+        _queue_push(loop, make_call(callback, (future,), None, context))
 
 
 def _future_follow(IOLoop loop not None, callback, result, _Handler handler):
@@ -2990,8 +2991,7 @@ cdef class _Face:
         """Call `callback(*args)` in the next iteration; return its handle."""
         _face_check(self, callback, "call_soon")
         handle = _handle_make(self, callback, args, context)
-        self.ioloop.queue.push(handle)
-        _queue_untrack(self.ioloop, handle)
+        _queue_push(self.ioloop, handle)
         return handle
 
     def call_soon_threadsafe(self, callback, *args, context=None):
@@ -3000,8 +3000,7 @@ cdef class _Face:
         handle = _handle_make(self, callback, args, context)
         if self.locks_handles:
             handle.lock = RLock()
-        self.ioloop.queue.push(handle)
-        _queue_untrack(self.ioloop, handle)
+        _queue_push(self.ioloop, handle)
         return handle
 
     def time(self):
