@@ -1487,7 +1487,7 @@ cdef int _run_call(IOLoop loop, object called) except -1:
     cdef object callback, context = None
     cdef PyObject *entered
     cdef PyObject *result
-    if type(called) is _Handle or type(called) is _TimerHandle:
+    if _handle_is_ours(called):
         return _handle_run(loop, <_Handle>called)
     callback, entered = called, <PyObject *>loop.empty_context
     if type(called) is _Call:
@@ -1794,7 +1794,7 @@ cdef class _Queue:
         cdef PyObject *called
         for n in range(self.head, self.tail):
             called = list_peek(self.ring, <Py_ssize_t>(n & self.mask))
-            if type(<object>called) is _Handle or type(<object>called) is _Call:
+            if _handle_is_ours(<object>called) or type(<object>called) is _Call:
                 _queue_track(called)
 
     cdef inline uint64_t count_run(self) noexcept:
@@ -2703,9 +2703,7 @@ cdef class _Handle:
     cdef readonly _Face _loop
     cdef object callback, args              # None: cancelled; no arguments
     cdef object context                     # None: an empty one
-    cdef int is_cancelled
-    cdef object lock                        # None, or held to run it and to cancel it
-    cdef tuple notes                        # in debug mode: _source_traceback, _repr
+    cdef tuple notes    # in debug mode: _source_traceback, _repr, whether cancelled
 
     def __init__(self):
         raise TypeError("a handle is made by an event loop")
@@ -2713,7 +2711,7 @@ cdef class _Handle:
     @property
     def __class__(self):
         from asyncio import events
-        return events.Handle if self.lock is None else events._ThreadSafeHandle
+        return events.Handle
 
     def __repr__(self): return self.__class__.__repr__(self)
 
@@ -2725,9 +2723,6 @@ cdef class _Handle:
 
     def cancelled(self):
         """Return whether it was cancelled."""
-        if self.lock is not None:
-            with self.lock:
-                return self._cancelled
         return self._cancelled
 
     @cython.critical_section
@@ -2745,7 +2740,7 @@ cdef class _Handle:
             _handle_run(self._loop.ioloop, self)
 
     @property
-    def _cancelled(self): return bool(load(&self.is_cancelled))
+    def _cancelled(self): return _handle_is_cancelled(self)
 
     @property
     def _context(self): return self.get_context()
@@ -2769,6 +2764,30 @@ cdef class _Handle:
     def _repr(self):
         with cython.critical_section(self):
             return None if self.notes is None else self.notes[1]
+
+
+@cython.final
+cdef class _ThreadSafeHandle(_Handle):
+    """What `call_soon_threadsafe` returns from CPython 3.14 on."""
+    cdef object lock                        # held to run it and to cancel it
+
+    def __cinit__(self):
+        self.lock = RLock()
+
+    @property
+    def __class__(self):
+        from asyncio import events
+        return events._ThreadSafeHandle
+
+    def cancel(self):
+        """Cancel the callback, or wait for its end if it has begun.  Any thread."""
+        with self.lock:
+            _handle_cancel(self)
+
+    def cancelled(self):
+        """Return whether it was cancelled."""
+        with self.lock:
+            return self._cancelled
 
 
 @cython.final
@@ -2808,13 +2827,19 @@ cdef class _TimerHandle(_Handle):
         return self.timeout is not None and load_object(&self.timeout.timers) != NULL
 
 
+cdef inline bint _handle_is_ours(object called) noexcept:
+    """Return whether a call is of asyncio's side."""
+    return (type(called) is _Handle or type(called) is _TimerHandle
+            or type(called) is _ThreadSafeHandle)
+
+
 cdef inline int _handle_fill(_Handle handle, _Face face, object callback, tuple args,
                              object context) except -1:
     handle._loop, handle.callback, handle.args = face, callback, args or None
     handle.context = capture_context() if context is None else context
     if face._debug:
         from asyncio.format_helpers import extract_stack
-        handle.notes = extract_stack(sys._getframe()), None
+        handle.notes = extract_stack(sys._getframe()), None, False
 
 
 cdef inline _Handle _handle_make(_Face face, object callback, tuple args,
@@ -2824,37 +2849,49 @@ cdef inline _Handle _handle_make(_Face face, object callback, tuple args,
     return handle
 
 
-cdef int _handle_cancel(_Handle handle) except -1:
-    if handle.lock is not None:
-        with handle.lock:  # while the callback runs in another thread, wait for it
-            return _handle_clear(handle)
-    return _handle_clear(handle)
-
-
-cdef int _handle_clear(_Handle handle) except -1:
+cdef inline bint _handle_is_cancelled(_Handle handle) noexcept:
     cdef _Section section
-    cdef tuple notes = None
-    if swap(&handle.is_cancelled, True):
-        return 0
+    cdef bint cancelled
+    enter(&section, handle)
+    cancelled = handle.callback is None or (
+        handle.notes is not None and <object>handle.notes[2] is True)
+    leave(&section)
+    return cancelled
+
+
+cdef int _handle_cancel(_Handle handle) except -1:
+    cdef _Section section
     try:
         if handle._loop is not None and handle._loop._debug:
-            notes = handle._source_traceback, repr(handle)
+            _handle_note(handle)
     finally:
         enter(&section, handle)
         callback, args = handle.callback, handle.args
         handle.callback = handle.args = None
-        if notes is not None:
-            handle.notes = notes
         leave(&section)
         del callback, args  # not earlier: their destructors may do anything
+
+
+cdef int _handle_note(_Handle handle) except -1:
+    """In debug mode, keep what a handle was that is being cancelled."""
+    cdef tuple before
+    with cython.critical_section(handle):
+        before = handle.notes or (None, None, False)
+        if handle.callback is None or before[2]:
+            return 0
+        handle.notes = before[0], None, True
+    text = repr(handle)
+    with cython.critical_section(handle):
+        handle.notes = before[0], text, True
 
 
 cdef int _handle_run(IOLoop loop, _Handle handle) except -1:
     """Run a call of asyncio's, whose exceptions go to asyncio's hook."""
     if Py_REFCNT(<PyObject *>handle) > 1:
         _queue_track(<PyObject *>handle)
-    if handle.lock is not None:
-        with handle.lock:
+    if type(handle) is _ThreadSafeHandle:
+        lock = (<_ThreadSafeHandle>handle).lock
+        with lock:  # a cancellation in another thread waits for the end
             return _handle_run_held(loop, handle)
     return _handle_run_held(loop, handle)
 
@@ -2997,9 +3034,11 @@ cdef class _Face:
     def call_soon_threadsafe(self, callback, *args, context=None):
         """Like call_soon, from any thread and from a signal handler."""
         _face_check(self, callback, "call_soon_threadsafe", any_thread=True)
-        handle = _handle_make(self, callback, args, context)
         if self.locks_handles:
-            handle.lock = RLock()
+            handle = <_Handle>_ThreadSafeHandle.__new__(_ThreadSafeHandle)
+        else:
+            handle = <_Handle>_Handle.__new__(_Handle)
+        _handle_fill(handle, self, callback, args, context)
         _queue_push(self.ioloop, handle)
         return handle
 
@@ -3086,7 +3125,7 @@ cdef class _Face:
     def _add_callback(self, _Handle handle not None):
         if handle._loop is None:
             raise TypeError("a handle is made by an event loop")
-        if not load(&handle.is_cancelled):
+        if not _handle_is_cancelled(handle):
             self.ioloop.queue.push(handle)
 
     def _write_to_self(self):
@@ -3348,7 +3387,7 @@ cdef int _watch_ready(object loop, int fd, uint32_t events, void *arg) except -1
 
 cdef inline int _watch_queue(IOLoop loop, int fd, uint32_t event,
                              _Handle handle) except -1:
-    if load(&handle.is_cancelled):  # by itself, without remove_reader()
+    if _handle_is_cancelled(handle):  # by itself, without remove_reader()
         _watch_clear(loop.face, fd, event)
     else:
         loop.queue.push(handle)

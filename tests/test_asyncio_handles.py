@@ -266,6 +266,23 @@ def test_cancel_in_debug_mode_with_a_repr_that_fails(loop, face):
     turn(loop)
 
 
+def test_cancel_in_debug_mode_with_a_repr_that_cancels(loop, face):
+    class Callback:
+        __call__ = fail
+
+        def __repr__(self):
+            assert handle.cancelled()
+            handle.cancel()
+            return "<myself>"
+
+    face.set_debug(True)
+    handle = face.call_soon(Callback())
+    handle.cancel()
+    assert "<Handle cancelled <myself>() created at" in repr(handle)
+    assert handle._callback is None
+    turn(loop)
+
+
 @pytest.mark.row("B27")
 @pytest.mark.skipif(not threadsafe_handles, reason="new in Python 3.14")
 def test_cancel_waits_for_a_callback_that_runs(loop, face, log):
