@@ -2243,6 +2243,7 @@ cdef class _Timers:
 
 
 @cython.final
+@cython.freelist(64)
 cdef class _Timeout:
     """The handle that `add_timeout` returns."""
     cdef PyObject *timers           # where it is; NULL: it has run or was cancelled
