@@ -2697,7 +2697,7 @@ cdef class _Sync:
 _asyncio = {}  # once it is needed: modules of it, and "EventLoop", all faces' class
 
 
-@cython.freelist(64)
+@cython.freelist(256)
 cdef class _Handle:
     """What `call_soon` returns, an `asyncio.Handle`."""
     cdef object __weakref__                 # no _Referable: only a base has a freelist
