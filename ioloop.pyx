@@ -104,7 +104,7 @@ import _signal
 cimport cython
 from cpython.exc cimport (
     PyErr_CheckSignals, PyErr_SetFromErrno, PyErr_SetObject, PyErr_WriteUnraisable)
-from cpython.object cimport PyObject
+from cpython.object cimport PyObject, PyObject_Call
 from cpython.pythread cimport (
     PyThread_allocate_lock, PyThread_free_lock, PyThread_release_lock,
     PyThread_type_lock)
@@ -3011,6 +3011,7 @@ cdef class _Face:
     cdef public object _task_factory
     cdef int ready                  # __init__() is done
     cdef bint locks_handles         # of call_soon_threadsafe(), as CPython 3.14 does
+    cdef dict as_loop               # in a run: keyword arguments, made once
     cdef object outer, outer_task, outer_hooks  # asyncio's loop before this run
 
     def __cinit__(self, IOLoop loop not None):
@@ -3105,13 +3106,17 @@ cdef class _Face:
 
     def create_future(self):
         """Return a new `asyncio.Future` of this loop."""
-        return _asyncio["futures"].Future(loop=self)
+        return PyObject_Call(_asyncio["futures"].Future, (),
+                             self.as_loop or {"loop": self})
 
     def create_task(self, coro, **options):
         """Return a new `asyncio.Task` of this loop, which runs the coroutine."""
         if self._task_factory is not None or self._debug or self._closed:
             return super().create_task(coro, **options)
-        return _asyncio["tasks"].Task(coro, loop=self, **options)
+        if options:
+            return _asyncio["tasks"].Task(coro, loop=self, **options)
+        return PyObject_Call(_asyncio["tasks"].Task, (coro,),
+                             self.as_loop or {"loop": self})
 
     def get_debug(self):
         """Return whether the loop is in debug mode."""
@@ -3269,6 +3274,8 @@ cdef int _face_begin(_Face face) except -1:
     face.outer_hooks = sys.get_asyncgen_hooks()
     face.outer, face.outer_task = events._get_running_loop(), None
     loop.runs_asyncio = True
+    if not FREE_THREADED:  # where other threads might be reading it when it goes
+        face.as_loop = {"loop": face}
     if (face.outer is not None and tasks.current_task(face.outer) is not None
             and hasattr(tasks, "_swap_current_task")):  # from CPython 3.12 on
         face.outer_task = tasks._swap_current_task(face.outer, None)
@@ -3282,7 +3289,7 @@ cdef int _face_end(_Face face) except -1:
     """Restore what _face_begin() found."""
     from asyncio import events, tasks
     face.ioloop.runs_asyncio = False
-    face._thread_id = None
+    face.as_loop = face._thread_id = None
     sys.set_asyncgen_hooks(*face.outer_hooks)
     events._set_running_loop(face.outer)
     if face.outer_task is not None:

@@ -180,6 +180,35 @@ def test_tasks_and_futures_are_of_the_classes_that_asyncio_has_now(face, monkeyp
     face.run_until_complete(task)
 
 
+def test_tasks_and_futures_are_of_the_loop_that_makes_them(face, stock):
+    """In its own run, in none, and in that of another one."""
+
+    async def main():
+        task = face.create_task(nothing_to_await())
+        await task
+        return task.get_loop(), face.create_future().get_loop()
+
+    async def others():
+        return face.create_future().get_loop()
+
+    assert face.run_until_complete(main()) == (face, face)
+    assert face.create_future().get_loop() is face
+    assert stock.run_until_complete(others()) is face
+
+
+def test_a_closed_loop_goes_without_the_garbage_collector():
+    face = ioloop.new_event_loop()
+    face.run_until_complete(nothing_to_await())
+    face.close()
+    dead = weakref.ref(face)
+    gc.disable()
+    try:
+        del face
+        assert dead() is None
+    finally:
+        gc.enable()
+
+
 def test_create_task_of_a_closed_face(face):
     face.close()
     coroutine = nothing_to_await()
