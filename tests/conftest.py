@@ -302,7 +302,11 @@ def signal_state():
 
 
 def tasks():
-    return set(os.listdir("/proc/self/task")) if LINUX else set()
+    """The kernel's threads; a single listing may miss one while another one ends."""
+    before, now = None, set()
+    while LINUX and now != before:
+        before, now = now, set(os.listdir("/proc/self/task"))
+    return now
 
 
 def threads_left(threads, before):
