@@ -2844,8 +2844,11 @@ cdef inline int _handle_fill(_Handle handle, _Face face, object callback, tuple 
 
 
 cdef inline _Handle _handle_make(_Face face, object callback, tuple args,
-                                 object context):
-    handle = <_Handle>_Handle.__new__(_Handle)
+                                 object context, bint locked=False):
+    if locked:
+        handle = <_Handle>_ThreadSafeHandle.__new__(_ThreadSafeHandle)
+    else:
+        handle = <_Handle>_Handle.__new__(_Handle)
     _handle_fill(handle, face, callback, args, context)
     return handle
 
@@ -3036,11 +3039,7 @@ cdef class _Face:
     def call_soon_threadsafe(self, callback, *args, context=None):
         """Like call_soon, from any thread and from a signal handler."""
         _face_check(self, callback, "call_soon_threadsafe", any_thread=True)
-        if self.locks_handles:
-            handle = <_Handle>_ThreadSafeHandle.__new__(_ThreadSafeHandle)
-        else:
-            handle = <_Handle>_Handle.__new__(_Handle)
-        _handle_fill(handle, self, callback, args, context)
+        handle = _handle_make(self, callback, args, context, self.locks_handles)
         _queue_push(self.ioloop, handle)
         return handle
 
