@@ -4624,7 +4624,8 @@ cdef int _fork_reinit(IOLoop loop) except -1:
         loop.queue.track()
         loop.thread_id = loop.timers.thread_id = 0
         if loop.runs_asyncio:
-            loop.runs_asyncio, loop.face._thread_id = False, None
+            loop.runs_asyncio = False
+            loop.face.as_loop = loop.face._thread_id = None
         loop.outer_loop = None
         loop.timers.end_pass()
         # It may have been inside a context, which nobody will leave now.
